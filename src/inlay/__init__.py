@@ -1,0 +1,71 @@
+"""inlay: set LoRA adapters flush into the model they were trained on.
+
+A merge is a plan, executed as a stream, and checked.
+
+    base dir ─ open_checkpoint ─┐                 ┌─ run_plan: shard by shard, block by block,
+                                ├─ make_plan ─────┤            rounded once, published whole
+    adapters ─ read_adapter ────┘  (JSON, digest) └─ verify:   recomputed, by other code
+
+Layers, imports go down only:
+
+    cli                      parse, one library call, print
+    run  verify              do the plan; check it, without trusting run
+    plan                     decide: pure data, all problems at once
+    keys                     module names ↔ checkpoint keys
+    output                   crash-safe writing
+    records                  fingerprints, manifests
+    adapters                 what training produced
+    checkpoints              what is on disk: layouts, headers, spans
+    tuners                   the maths of each method
+    dtypes  digests  errors  words everything shares
+
+From Python:
+
+    plan = inlay.make_plan("base", ["adapter"], torch_dtype="bfloat16")
+    print(inlay.dumps(plan))
+    inlay.run_plan(plan, "merged")
+    report = inlay.verify("base", ["adapter"], "merged")
+    for key, tensor in inlay.merged_tensors(plan): …       # torch tensors, no files written
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from inlay.adapters.adapter import Adapter, read_adapter
+    from inlay.checkpoints.checkpoint import Checkpoint, open_checkpoint
+    from inlay.errors import InlayError
+    from inlay.plan.build import make_plan
+    from inlay.plan.types import Plan, dumps, loads
+    from inlay.run.execute import RunResult, run_plan
+    from inlay.run.tensors import merged_tensors
+    from inlay.verify.verify import Report, verify
+
+_WHERE = {
+    "Adapter": "adapters.adapter",
+    "Checkpoint": "checkpoints.checkpoint",
+    "InlayError": "errors",
+    "Plan": "plan.types",
+    "Report": "verify.verify",
+    "RunResult": "run.execute",
+    "dumps": "plan.types",
+    "loads": "plan.types",
+    "make_plan": "plan.build",
+    "merged_tensors": "run.tensors",
+    "open_checkpoint": "checkpoints.checkpoint",
+    "read_adapter": "adapters.adapter",
+    "run_plan": "run.execute",
+    "verify": "verify.verify",
+}
+__all__ = [*_WHERE, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use, so that `import inlay` costs nothing."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'inlay' has no attribute {name!r}")
+    return getattr(import_module(f"inlay.{_WHERE[name]}"), name)

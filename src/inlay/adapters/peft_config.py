@@ -1,0 +1,238 @@
+"""`adapter_config.json` of PEFT, of any age: every field is used, known to change nothing, or refused.
+
+The fields are those of `LoraConfig` from PEFT 0.2 to 0.21, and what other trainers add to the file.
+A field that is set (not null, false or empty) and is in none of the tables below is an error that
+names it: a setting that changes the weights must not pass unnoticed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inlay.errors import AdapterError
+
+PATTERN_SECONDS = 1.0  # for all names of an adapter together; real patterns take microseconds
+
+# Of no effect on the merged weight: they steer training, loading or placement, or say which modules
+# to adapt, which the tensors of the file say themselves.
+NO_EFFECT = frozenset({
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ephemeral_gpu_offload", "eva_config",
+    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "merge_weights",
+    "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "save_embedding_layers", "target_modules", "task_type", "velora_config",
+    # written by trainers beside PEFT's own fields
+    "library_name", "unsloth_fixed", "unsloth_version", "swift_version", "trainer", "version", "framework",
+    "model_name", "base_model", "results", "training", "tags", "bnb_4bit_quant_type", "model_type",
+})  # fmt: skip
+
+USED = frozenset({
+    "alpha_pattern", "bias", "ensure_weight_tying", "fan_in_fan_out", "lora_alpha", "lora_bias", "modules_to_save",
+    "r", "rank_pattern", "trainable_token_indices", "use_dora", "use_rslora",
+})  # fmt: skip
+
+REFUSED: dict[str, str] = {
+    "layer_replication": "the adapter belongs to a model with repeated layers, which has more layers than this base; "
+    "build that model first, and merge into it with layer_replication removed",
+    "target_parameters": "LoRA on bare parameters (experts) is not supported",
+    "use_bdlora": "block-diagonal LoRA is not supported",
+    "kasa_config": "KaSA cuts singular components off the base, which is not supported",
+    "use_qalora": "QALoRA merges into the zero points of a GPTQ base, which is not supported",
+    "alora_invocation_tokens": "an activated LoRA acts on some tokens only, so no merged weight equals it",
+    "arrow_config": "Arrow routes between adapters per token, so no merged weight equals it",
+    "enable_lora": "LoRA on parts of a fused layer (PEFT 0.2's MergedLinear) is not supported",
+}
+
+# Initialisations that move the base weight: merging into the original base would be wrong.
+BASE_SHIFTING_INIT = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The part of an adapter's config that decides the merged weight, and what it says of itself."""
+
+    raw: Mapping[str, Any]
+    r: int
+    lora_alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    use_dora: bool
+    fan_in_fan_out: bool
+    bias: str
+    lora_bias: bool
+    modules_to_save: tuple[str, ...]
+    trainable_token_indices: Mapping[str, tuple[int, ...]]
+    ensure_weight_tying: bool
+    base_model: str | None
+    task_type: str | None
+    peft_version: str | None
+
+    def rank(self, module: str) -> int:
+        """Rank that the config gives to `module` (its in-memory name)."""
+        return int(_by_pattern(self.rank_pattern, module, self.r))
+
+    def alpha(self, module: str) -> float:
+        return float(_by_pattern(self.alpha_pattern, module, self.lora_alpha))
+
+    def scaling(self, module: str) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA, as float64."""
+        rank, alpha = self.rank(module), self.alpha(module)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """Value of the first pattern that is `module` or a dotted suffix of it, read as a regular expression.
+
+    PEFT's `get_pattern_key`: `re.match(rf"(.*\\.)?({key})$", name)`, in the order of the file.
+    """
+    for pattern, value in patterns.items():
+        if module == pattern or module.endswith("." + pattern):
+            return value
+        if _matches(pattern, module):
+            return value
+    return default
+
+
+def _matches(pattern: str, module: str) -> bool:
+    if pattern.replace("_", "").replace(".", "").isalnum() and "." not in pattern:
+        return False  # a plain word, and not a suffix: no need for an engine
+    import regex  # a timeout, which the standard library's engine does not have
+
+    try:
+        return regex.match(rf"(.*\.)?({pattern})$", module, timeout=PATTERN_SECONDS) is not None
+    except TimeoutError:
+        raise AdapterError(
+            f"pattern {pattern!r} in rank_pattern or alpha_pattern needs more than {PATTERN_SECONDS:g} s for one name; "
+            "write it without nested repetition"
+        ) from None
+    except regex.error as error:
+        raise AdapterError(f"pattern {pattern!r} in rank_pattern or alpha_pattern is not valid: {error}") from None
+
+
+def parse_peft_config(raw: Mapping[str, Any], where: Path) -> PeftConfig:
+    """Check every field of `raw` and keep what decides the merged weight.
+
+    Raises AdapterError for another kind of adapter, and for fields that are refused, unknown or malformed.
+    """
+    peft_type = raw.get("peft_type")
+    if peft_type != "LORA":
+        raise AdapterError(f"{where}: peft_type {peft_type!r} is not supported; this version merges LORA")
+    reasons = [*_refusals(raw), *_unknown(raw)]
+    if reasons:
+        raise AdapterError(f"{where}: cannot be merged (nothing was written)\n  " + "\n  ".join(reasons))
+    field = _Fields(raw, where)
+    return PeftConfig(
+        raw=raw,
+        r=field.positive("r", 8),
+        lora_alpha=field.number("lora_alpha", 8),
+        rank_pattern={k: field.as_rank(v, f"rank_pattern[{k!r}]") for k, v in field.table("rank_pattern").items()},
+        alpha_pattern={k: field.as_number(v, f"alpha_pattern[{k!r}]") for k, v in field.table("alpha_pattern").items()},
+        use_rslora=field.flag("use_rslora"),
+        use_dora=field.flag("use_dora"),
+        fan_in_fan_out=field.flag("fan_in_fan_out"),
+        bias=field.choice("bias", ("none", "all", "lora_only")),
+        lora_bias=field.flag("lora_bias"),
+        modules_to_save=tuple(dict.fromkeys(field.names("modules_to_save"))),
+        trainable_token_indices=_token_indices(raw.get("trainable_token_indices"), where),
+        ensure_weight_tying=field.flag("ensure_weight_tying"),
+        base_model=raw.get("base_model_name_or_path") or None,
+        task_type=raw.get("task_type") or None,
+        peft_version=raw.get("peft_version") or None,
+    )
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False and value not in ("", [], {})
+
+
+def _refusals(raw: Mapping[str, Any]) -> list[str]:
+    found = [f"{name}: {why}" for name, why in REFUSED.items() if _is_set(raw.get(name))]
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().replace("-", "_").startswith(BASE_SHIFTING_INIT):
+        found.append(
+            f"init_lora_weights {init!r}: training started from a shifted base, so merging into the original one would "
+            "be wrong; convert the adapter when saving it (PEFT: save_pretrained with "
+            "path_initial_model_for_weight_conversion), which makes it a plain LoRA"
+        )
+    return found
+
+
+def _unknown(raw: Mapping[str, Any]) -> list[str]:
+    known = NO_EFFECT | USED | REFUSED.keys()
+    return [
+        f"{name} = {value!r:.80}: this field is not known, and it may change the weights; set it to null if it does not"
+        for name, value in raw.items()
+        if name not in known and _is_set(value)
+    ]
+
+
+def _token_indices(value: Any, where: Path) -> dict[str, tuple[int, ...]]:
+    """Module suffix -> token ids. A plain list means the input embedding, named here by the empty string."""
+    tables = {"": value} if isinstance(value, list) else value or {}
+    if not isinstance(tables, dict):
+        raise AdapterError(f"{where}: trainable_token_indices must be a list or a dict, found {value!r:.80}")
+    for name, ids in tables.items():
+        if not isinstance(ids, list) or not all(isinstance(i, int) and i >= 0 for i in ids):
+            raise AdapterError(f"{where}: trainable_token_indices[{name!r}] must be a list of token ids")
+        if len(set(ids)) != len(ids):
+            raise AdapterError(f"{where}: trainable_token_indices[{name!r}] names a token twice")
+    return {name: tuple(ids) for name, ids in tables.items() if ids}
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Typed access to a config, with an error that names the field."""
+
+    raw: Mapping[str, Any]
+    where: Path
+
+    def _fail(self, name: str, wanted: str, value: Any) -> AdapterError:
+        return AdapterError(f"{self.where}: {name} must be {wanted}, found {value!r:.80}")
+
+    def as_number(self, value: Any, name: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise self._fail(name, "a number", value)
+        return float(value)
+
+    def as_rank(self, value: Any, name: str) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self._fail(name, "a positive integer", value)
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self.raw.get(name)
+        return default if value is None else self.as_number(value, name)
+
+    def positive(self, name: str, default: int) -> int:
+        value = self.raw.get(name)
+        return default if value is None else self.as_rank(value, name)
+
+    def flag(self, name: str) -> bool:
+        value = self.raw.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self._fail(name, "true or false", value)
+        return bool(value)
+
+    def choice(self, name: str, allowed: tuple[str, ...]) -> str:
+        value = self.raw.get(name) or allowed[0]
+        if value not in allowed:
+            raise self._fail(name, "one of " + ", ".join(allowed), value)
+        return str(value)
+
+    def names(self, name: str) -> list[str]:
+        value = self.raw.get(name) or []
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(n, str) for n in value):
+            raise self._fail(name, "a list of names", value)
+        return value
+
+    def table(self, name: str) -> dict[str, Any]:
+        value = self.raw.get(name) or {}
+        if not isinstance(value, dict):
+            raise self._fail(name, "an object", value)
+        return value

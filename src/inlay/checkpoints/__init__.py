@@ -1,0 +1,1 @@
+"""Reading what is on disk: the layout of each format, and tensors by span."""

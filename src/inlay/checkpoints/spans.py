@@ -1,0 +1,112 @@
+"""Bytes by reference: which directory, which file, which span; and a reader for them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from inlay.checkpoints.header import TensorInfo
+from inlay.dtypes import Array, DType
+
+BASE = "base"
+
+
+def adapter_root(position: int) -> str:
+    """Name of the root directory of the adapter at `position` in the list."""
+    return f"adapter{position}"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A tensor by reference: `start` is its first byte in `file`, which lies under a named root."""
+
+    root: str
+    file: str
+    key: str
+    dtype: DType
+    shape: tuple[int, ...]
+    start: int
+
+    @classmethod
+    def of(cls, root: str, file: str, info: TensorInfo) -> TensorRef:
+        return cls(root, file, info.key, info.dtype, info.shape, info.start)
+
+    @property
+    def count(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) if self.shape else 1
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.nbytes(self.count)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Shape as rows and columns: the first axis, and the rest flattened; a vector is one row."""
+        if len(self.shape) < 2:
+            return 1, self.count
+        return self.shape[0], self.count // self.shape[0] if self.shape[0] else 0
+
+
+class SpanReader:
+    """Reads spans by reference from any thread; files are opened once and closed together."""
+
+    def __init__(self, roots: Mapping[str, Path]) -> None:
+        self._roots = dict(roots)
+        self._open: dict[tuple[str, str], int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> SpanReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            for fd in self._open.values():
+                os.close(fd)
+            self._open.clear()
+
+    def path(self, root: str, file: str) -> Path:
+        return self._roots[root] / file
+
+    def fileno(self, root: str, file: str) -> int:
+        """A descriptor open for reading, owned by this reader."""
+        with self._lock:
+            if (root, file) not in self._open:
+                self._open[root, file] = os.open(self.path(root, file), os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            return self._open[root, file]
+
+    def into(self, ref: TensorRef, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `offset` of the tensor."""
+        fd, at, done = self.fileno(ref.root, ref.file), ref.start + offset, 0
+        while done < len(buffer):
+            n = os.preadv(fd, [buffer[done:]], at + done)
+            if n == 0:
+                raise AssertionError(f"{ref.file} shrank while it was read: {ref.key} wants byte {at + done}")
+            done += n
+
+    def rows(self, ref: TensorRef, first: int, last: int, out: Array | None = None) -> Array:
+        """Stored bits of rows `[first, last)` of the tensor's matrix, shape (last - first, cols)."""
+        _, cols = ref.matrix
+        raw = np.dtype(ref.dtype.raw)
+        block = np.empty((last - first, cols), raw) if out is None else out[: (last - first) * cols].reshape(-1, cols)
+        if block.size:
+            self.into(ref, first * cols * raw.itemsize, memoryview(block.reshape(-1).view(np.uint8)))
+        return block
+
+    def columns(self, ref: TensorRef, first: int, last: int) -> Array:
+        """Stored bits of columns `[first, last)` of the tensor's matrix, shape (rows, last - first)."""
+        rows, cols = ref.matrix
+        raw = np.dtype(ref.dtype.raw)
+        block = np.empty((rows, last - first), raw)
+        for i in range(rows):
+            self.into(ref, (i * cols + first) * raw.itemsize, memoryview(block[i].view(np.uint8)))
+        return block
+
+    def whole(self, ref: TensorRef) -> Array:
+        """Stored bits of the tensor in its own shape."""
+        return self.rows(ref, 0, ref.matrix[0]).reshape(ref.shape)
+

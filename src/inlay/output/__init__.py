@@ -1,0 +1,1 @@
+"""Writing so that a crash leaves nothing half-done, and copying without looking."""

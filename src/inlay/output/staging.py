@@ -1,0 +1,174 @@
+"""A directory that appears whole or not at all.
+
+Everything is written to a folder beside the destination, `.<name>.inlay-<plan>`. What is finished has a
+record there, so that a rerun of the same plan goes on from it; a folder of another plan is removed. When
+all is written and synced, one rename puts it in place; an older result is swapped out and removed after.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from inlay.errors import OutputError
+
+RECORDS = ".inlay-records"
+INPUTS = "inputs.json"
+LOCK = "lock"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+
+
+class Staging:
+    """The staging folder of one plan for one destination; holds its lock while open.
+
+    `plan` names the folder, `inputs` describes the files it is made from: records made from other inputs
+    are not taken up.
+    """
+
+    def __init__(self, destination: Path, plan: str, inputs: Mapping[str, Any]) -> None:
+        self.destination = Path(os.path.abspath(destination))
+        self._prefix = f".{self.destination.name}.inlay-"
+        self.path = self.destination.parent / (self._prefix + plan.removeprefix("blake3:")[:16])
+        self._inputs = inputs
+        self._lock: int | None = None
+
+    def __enter__(self) -> Staging:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._remove_others()
+            (self.path / RECORDS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.path.parent}: cannot be written: {error.strerror}") from None
+        self._lock = _lock(self.path / RECORDS / LOCK)
+        if self._lock is None:
+            raise OutputError(f"{self.destination}: another run is writing it; wait for that one to end")
+        if self._stored_inputs() != self._inputs:
+            self._clear()
+            write_durably(self.path / RECORDS / INPUTS, json.dumps(self._inputs).encode())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _stored_inputs(self) -> Any:
+        try:
+            return json.loads((self.path / RECORDS / INPUTS).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _clear(self) -> None:
+        for entry in os.scandir(self.path):
+            if entry.name != RECORDS:
+                _remove(Path(entry.path))
+        for entry in os.scandir(self.path / RECORDS):
+            if entry.name != LOCK:
+                _remove(Path(entry.path))
+
+    def _remove_others(self) -> None:
+        """Remove staging folders of other plans for this destination, unless a live run holds them."""
+        for other in self.path.parent.glob(f"{self._prefix}*"):
+            if other == self.path or not (other / RECORDS).is_dir():
+                continue
+            lock = _lock(other / RECORDS / LOCK)
+            if lock is not None:
+                _remove(other)
+                os.close(lock)
+
+    def discard(self) -> None:
+        """Remove the folder: the plan cannot be carried out."""
+        _remove(self.path)
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """The record of a finished file, or None."""
+        try:
+            found = json.loads((self.path / RECORDS / f"{_flat(name)}.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def put_record(self, name: str, value: Mapping[str, Any]) -> None:
+        """Record that file `name` is finished and synced."""
+        write_durably(self.path / RECORDS / f"{_flat(name)}.json", json.dumps(value).encode())
+
+    def publish(self) -> None:
+        """Put the folder in place of the destination. Everything in it must be synced."""
+        _remove(self.path / RECORDS)
+        sync_tree_folders(self.path)
+        if not os.path.lexists(self.destination):
+            os.rename(self.path, self.destination)
+            sync_folder(self.destination.parent)
+            return
+        _exchange(self.path, self.destination)
+        sync_folder(self.destination.parent)
+        _remove(self.path)
+
+
+def _flat(name: str) -> str:
+    return name.replace("/", "%2F")
+
+
+def _lock(path: Path) -> int | None:
+    """An exclusive lock on `path`, or None if another process has it."""
+    import fcntl
+
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two directories in one step; where the system cannot, move the old one aside first."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    swap = getattr(libc, "renameat2", None)
+    if swap is not None and swap(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE) == 0:
+        return
+    aside = old.with_name(f".{old.name}.inlay-replaced")
+    _remove(aside)
+    os.rename(old, aside)
+    os.rename(new, old)
+    os.rename(aside, new)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a small file so that it is whole or absent after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_tree_folders(path: Path) -> None:
+    for folder, _, _ in os.walk(path):
+        sync_folder(Path(folder))

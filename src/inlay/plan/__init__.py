@@ -1,0 +1,1 @@
+"""Deciding, as data: what will be written, from which bytes, by which steps."""

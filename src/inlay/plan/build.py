@@ -1,0 +1,332 @@
+"""Make a plan: read headers, decide everything, gather every problem, write nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from inlay.adapters.adapter import CONFIG, Adapter, read_adapter
+from inlay.adapters.values import scan_values
+from inlay.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from inlay.checkpoints.spans import BASE, SpanReader, TensorRef, adapter_root
+from inlay.dtypes import BY_TORCH_NAME, DTYPES, DType
+from inlay.errors import InputError, PlanError, Problem
+from inlay.keys import families
+from inlay.output.destination import check_destination
+from inlay.plan import cost, layout, sidecars
+from inlay.plan.combine import COMBINE, Draft, combine, order_matters, overlaps
+from inlay.plan.contribute import Contribution, contribute
+from inlay.plan.memory import DEFAULT_MAX_MEMORY
+from inlay.plan.tied import Untied, settle_ties
+from inlay.plan.types import (
+    AdapterUse,
+    Entry,
+    Expectation,
+    InputFile,
+    Inputs,
+    Plan,
+    Settings,
+    ShardPlan,
+    Sidecar,
+)
+
+StrPath = str | os.PathLike[str]
+OVERHEAD_BYTES = 1 << 20  # manifest, model card, index
+
+
+def make_plan(
+    model: StrPath | Checkpoint,
+    adapters: Sequence[StrPath | Adapter],
+    *,
+    weights: Sequence[float] | None = None,
+    torch_dtype: str | None = None,
+    combine_by: str = "sum",
+    max_shard_size: int | str | None = None,
+    max_memory: int | str = DEFAULT_MAX_MEMORY,
+    output_dir: StrPath | None = None,
+    exist_ok: bool = False,
+) -> Plan:
+    """A plan to merge `adapters`, in this order, into `model`.
+
+    `weights` are factors on the adapters (1.0 each); `torch_dtype` is the type of all float weights of
+    the result (each tensor's own if not given); sizes are bytes or text such as "512MB". With
+    `output_dir` the destination is checked too.
+
+    Raises PlanError with every problem found, or another InputError for input that cannot be read.
+    """
+    base = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    read = [a if isinstance(a, Adapter) else read_adapter(a) for a in adapters]
+    factors = _check_request(read, weights, combine_by)
+    settings = Settings(_dtype_name(torch_dtype), combine_by, _optional_size(max_shard_size))
+    draft = _Planner(base, read, factors, settings)
+    plan = draft.plan(parse_size(max_memory))
+    problems = draft.problems
+    if output_dir is not None:
+        needed = plan.cost.written + OVERHEAD_BYTES
+        problems = problems + check_destination(Path(output_dir), plan.roots, exist_ok, needed)
+    if problems:
+        raise PlanError(problems, draft.hints)
+    return plan
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes from a number or from text such as "512MB", "5GB", "64MiB"."""
+    if isinstance(size, int):
+        return size
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", size.lower())
+    if not found:
+        raise InputError(f"{size!r} is not a size; write it like 512MB, 5GB or 64MiB")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit or " "))
+
+
+def _optional_size(size: int | str | None) -> int | None:
+    return None if size is None else parse_size(size)
+
+
+def _dtype_name(name: str | None) -> str | None:
+    if name is None or name == "auto":
+        return None
+    found = BY_TORCH_NAME.get(name.lower().removeprefix("torch."))
+    if found is None or found.name == "F64":
+        raise InputError(f"torch_dtype {name!r} is not supported; use bfloat16, float16 or float32")
+    return found.name
+
+
+def _check_request(adapters: Sequence[Adapter], weights: Sequence[float] | None, combine_by: str) -> tuple[float, ...]:
+    if combine_by not in COMBINE:
+        raise InputError(f"combine {combine_by!r} is not supported; use {' or '.join(COMBINE)}")
+    if weights is None:
+        return (1.0,) * len(adapters)
+    if len(weights) != len(adapters):
+        raise InputError(f"{len(weights)} adapter weights for {len(adapters)} adapters; give one each")
+    return tuple(float(w) for w in weights)
+
+
+class _Planner:
+    """Gathers what a plan needs; `problems` and `hints` fill while it works."""
+
+    def __init__(
+        self, base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], settings: Settings
+    ) -> None:
+        self.base = base
+        self.adapters = adapters
+        self.weights = weights
+        self.settings = settings
+        self.problems: list[Problem] = []
+        self.warnings: list[str] = []
+        self.notes: list[str] = []
+        self.hints: list[str] = []
+
+    def plan(self, max_memory: int) -> Plan:
+        contributions = [
+            contribute(adapter, i, weight, self.base)
+            for i, (adapter, weight) in enumerate(zip(self.adapters, self.weights, strict=True))
+        ]
+        self._check_adapters(contributions)
+        drafts, untied = self._drafts(contributions)
+        shards = self._shards(drafts, untied)
+        files, left_out = self._sidecars(shards, untied)
+        self._check_base()
+        return Plan(
+            base=self.base.fingerprint,
+            base_name=str(self.base.path),
+            adapters=tuple(self._use(c) for c in contributions),
+            settings=self.settings,
+            shards=shards,
+            index=layout.make_index(self.base, shards),
+            sidecars=files,
+            left_out=left_out,
+            expectations=self._expectations(),
+            warnings=tuple(self.warnings),
+            notes=tuple(self.notes),
+            overlaps=overlaps(drafts),
+            order_matters=order_matters(drafts),
+            cost=cost.estimate(shards, max_memory, self.problems),
+            inputs=self._inputs(),
+        )
+
+    def _check_adapters(self, contributions: Sequence[Contribution]) -> None:
+        for found in contributions:
+            self.problems += found.problems
+            self._check_values(found)
+            self._check_targets(found)
+            if not found.keys and not found.problems:
+                self.problems.append(Problem(found.adapter.name, "has no tensors"))
+            named = found.adapter.base_model
+            if found.problems and named:
+                self.hints.append(f"{found.adapter.name} names {named} as its base; this is {self.base.path}.")
+            if found.adapter.unused:
+                self.notes.append(
+                    f"{found.adapter.name}: {len(found.adapter.unused)} untouched original copies in the file not used"
+                )
+            if str(found.rule) != "names as they are":
+                self.notes.append(f"{found.adapter.name}: {found.rule}")
+
+    def _check_values(self, found: Contribution) -> None:
+        values = scan_values(found.adapter)
+        self.problems += [Problem(key, f"NaN or Inf in adapter {found.adapter.name}") for key in values.nonfinite]
+        acting = [t.key for t in found.adapter.tensors if "lora_A" not in t.key and "lora_embedding_A" not in t.key]
+        if acting and set(acting) <= set(values.zero):
+            self.warnings.append(f"{found.adapter.name} is zero everywhere: the merged weights equal the base")
+
+    def _check_targets(self, found: Contribution) -> None:
+        """Modules that the config lists and the file has nothing for: the training saved less than it should have."""
+        listed = found.adapter.config.raw.get("target_modules")
+        modules = found.adapter.parts
+        for name in listed if isinstance(listed, list) else []:
+            if isinstance(name, str) and not any(m == name or m.endswith("." + name) for m in modules):
+                self.warnings.append(f"{found.adapter.name}: target_modules lists {name!r}, the file has nothing for it")
+
+    def _drafts(self, contributions: Sequence[Contribution]) -> tuple[dict[str, Draft], Untied | None]:
+        roots = {adapter_root(i): a.path for i, a in enumerate(self.adapters)}
+        with SpanReader(roots) as reader:
+            drafts = combine(contributions, self.settings.combine, reader, self.problems, self.notes)
+        untied = settle_ties(self.base, contributions, drafts, self.problems, self.notes)
+        return drafts, untied
+
+    def _out_dtype(self, stored: DType) -> DType:
+        return DTYPES[self.settings.dtype] if self.settings.dtype and stored.mergeable else stored
+
+    def _usual_dtype(self) -> DType:
+        """The float type that most of the base's bytes have: that of tensors which are new."""
+        sizes: dict[DType, int] = {}
+        for _, t in self.base.tensors.values():
+            if t.dtype.mergeable:
+                sizes[t.dtype] = sizes.get(t.dtype, 0) + t.nbytes
+        return max(sizes, key=lambda d: sizes[d], default=DTYPES["F32"])
+
+    def _shards(self, drafts: Mapping[str, Draft], untied: Untied | None) -> tuple[ShardPlan, ...]:
+        by_shard: list[tuple[str, list[Entry]]] = []
+        for shard in self.base.shards:
+            refs = (TensorRef.of(BASE, shard.file, t) for t in shard.tensors)
+            by_shard.append((shard.file, [self._entry(ref.key, ref, drafts.get(ref.key, Draft())) for ref in refs]))
+        for key in drafts.keys() - self.base.tensors.keys():
+            self._add_new(key, drafts[key], by_shard, untied)
+        return layout.lay_out(self.base, by_shard, self.settings.max_shard_bytes)
+
+    def _entry(self, key: str, ref: TensorRef, draft: Draft) -> Entry:
+        source = draft.source or ref
+        dtype = self._out_dtype(ref.dtype)
+        shape = source.shape
+        if draft.patches:
+            shape = self._grown(key, shape, draft)
+        return Entry(key, dtype, shape, source, tuple(draft.patches), tuple(draft.steps))
+
+    def _grown(self, key: str, shape: tuple[int, ...], draft: Draft) -> tuple[int, ...]:
+        """Rows that trained tokens add beyond the vocabulary must leave no gap."""
+        tokens = {i for patch in draft.patches for i in patch.rows}
+        rows = max(shape[0], max(tokens) + 1)
+        gap = sorted(set(range(shape[0], rows)) - tokens)
+        if gap:
+            self.problems.append(
+                Problem(key, f"has {shape[0]} rows; token {max(tokens)} is beyond them, and nothing gives row {gap[0]}")
+            )
+        if rows != shape[0] and draft.steps:
+            self.problems.append(Problem(key, "has rows added by one adapter and a LoRA by another; merge them in turn"))
+        return (rows, *shape[1:])
+
+    def _add_new(
+        self, key: str, draft: Draft, by_shard: list[tuple[str, list[Entry]]], untied: Untied | None
+    ) -> None:
+        """A tensor that the base does not have goes beside the embedding it was tied to, or to the last shard."""
+        if untied is not None and key == untied.head:
+            shard, info = self.base.tensors[untied.embedding]
+            ref = TensorRef.of(BASE, shard.file, info)
+            entries = next(entries for file, entries in by_shard if file == shard.file)
+            entries.append(self._entry(key, ref, draft))
+            return
+        assert draft.source is not None, f"new tensor {key} without a source"
+        dtype = self._out_dtype(self._usual_dtype())
+        by_shard[-1][1].append(Entry(key, dtype, draft.source.shape, draft.source, tuple(draft.patches), tuple(draft.steps)))
+        self.notes.append(f"{key} is new: the base has no such tensor")
+
+    def _sidecars(
+        self, shards: Sequence[ShardPlan], untied: Untied | None
+    ) -> tuple[tuple[Sidecar, ...], dict[str, str]]:
+        entries = {e.key: e for shard in shards for e in shard.entries}
+        edits = sidecars.config_edits(
+            self.base, self.settings.dtype, untied is not None, self._vocabulary(entries), self._new_head(entries)
+        )
+        if edits:
+            self.notes.append("config.json: " + ", ".join(f"{k} = {v!r:.60}" for k, v in edits.items()))
+        files, left_out = sidecars.plan_sidecars(self.base, self.adapters, edits, self.notes)
+        if layout.index_file(shards) and layout.make_index(self.base, shards) is None and self.base.index_file:
+            files = (*files, Sidecar(self.base.index_file, BASE, self.base.index_file))
+        return files, left_out
+
+    def _vocabulary(self, entries: Mapping[str, Entry]) -> int | None:
+        """The new number of rows of embedding and head, if an adapter changes it; both must agree."""
+        sizes = {}
+        for key, entry in entries.items():
+            if key in families.HEADS or families.is_embedding(key.removesuffix(".weight")):
+                before = self.base.tensors[key][1].shape if key in self.base.tensors else entry.source.shape
+                sizes[key] = (before[0], entry.shape[0])
+        vocab_size = families.text_config(self.base.config)[1].get("vocab_size")
+        changed = {key: after for key, (before, after) in sizes.items() if before != after}
+        if not changed:
+            return None
+        rows = max(changed.values())
+        for key, (before, after) in sizes.items():
+            if after != rows and (before == vocab_size or key in changed):
+                self.problems.append(
+                    Problem(key, f"has {after} rows and would not fit {max(changed)}, which grows to {rows}; the adapter "
+                            "must bring both (PEFT: save_embedding_layers=True)")
+                )  # fmt: skip
+        return rows if rows != vocab_size else None
+
+    def _new_head(self, entries: Mapping[str, Entry]) -> tuple[str, int] | None:
+        tasks = [a.config.task_type for a in self.adapters if a.config.task_type in sidecars.HEAD_CLASSES]
+        heads = [e for k, e in entries.items() if k not in self.base.tensors and len(e.shape) == 2 and e.source.root != BASE]
+        return (tasks[-1], min(e.shape[0] for e in heads)) if tasks and heads else None
+
+    def _check_base(self) -> None:
+        quantised = self.base.config.get("quantization_config")
+        if isinstance(quantised, dict) and (self.problems or self.settings.dtype):
+            method = quantised.get("quant_method")
+            self.problems.append(
+                Problem(str(self.base.path), f"is quantised ({method}); merging into codes is not supported: "
+                        "give the 16-bit original with --model")
+            )  # fmt: skip
+        for i, adapter in enumerate(self.adapters):
+            recorded = adapter.fingerprint.get("headers")
+            if recorded and recorded != self.base.fingerprint:
+                self.problems.append(
+                    Problem(adapter.name, f"was trained on another base: recorded {recorded}, this one is {self.base.fingerprint}")
+                )  # fmt: skip
+            if self.adapters[:i] and adapter.digest in {a.digest for a in self.adapters[:i]}:
+                self.warnings.append(f"{adapter.name} is given twice: its effect is added twice")
+
+    def _expectations(self) -> tuple[Expectation, ...]:
+        return tuple(
+            Expectation(i, key, digest)
+            for i, adapter in enumerate(self.adapters)
+            for key, digest in sorted(adapter.fingerprint.get("tensors", {}).items())
+            if key in self.base.tensors
+        )
+
+    def _use(self, found: Contribution) -> AdapterUse:
+        adapter = found.adapter
+        return AdapterUse(
+            name=adapter.name,
+            digest=adapter.digest,
+            tuner="dora" if adapter.config.use_dora else "lora",
+            weight=found.weight,
+            rank=tuple(sorted(found.ranks)),
+            scaling=tuple(sorted(found.scalings)),
+            modules=len(adapter.parts),
+            parameters=adapter.parameters,
+            base_model=adapter.base_model,
+        )
+
+    def _inputs(self) -> Inputs:
+        roots = {BASE: self.base.path} | {adapter_root(i): a.path for i, a in enumerate(self.adapters)}
+        named = [(BASE, shard.file) for shard in self.base.shards]
+        named += [(adapter_root(i), f) for i, a in enumerate(self.adapters) for f in (CONFIG, a.weights_file)]
+        files = []
+        for root, file in named:
+            stat = (roots[root] / file).stat()
+            files.append(InputFile(root, file, stat.st_size, stat.st_mtime_ns))
+        return Inputs({name: str(path) for name, path in roots.items()}, tuple(files))

@@ -1,0 +1,335 @@
+"""What one adapter contributes to which keys of the base: names, orientation and shapes decided.
+
+Every tensor of the adapter ends in exactly one contribution, or in a problem that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from inlay.adapters.adapter import Adapter
+from inlay.checkpoints.checkpoint import Checkpoint
+from inlay.checkpoints.header import TensorInfo
+from inlay.checkpoints.spans import TensorRef, adapter_root
+from inlay.errors import Problem
+from inlay.keys import families
+from inlay.keys.rules import Rule, find_rule, near
+from inlay.plan.types import Part, Rows, Step
+
+PAIRS = ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"})
+
+
+@dataclass
+class Contribution:
+    """What one adapter does, by key of the base (or by a new key, for a saved head)."""
+
+    adapter: Adapter
+    position: int
+    weight: float
+    rule: Rule = field(default_factory=Rule)
+    copies: dict[str, TensorRef] = field(default_factory=dict)
+    saved: set[str] = field(default_factory=set)  # the copies that modules_to_save lists
+    rows: dict[str, Rows] = field(default_factory=dict)
+    steps: dict[str, list[Step]] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    scalings: set[float] = field(default_factory=set)
+    ranks: set[int] = field(default_factory=set)
+
+    @property
+    def keys(self) -> set[str]:
+        return {*self.copies, *self.rows, *self.steps}
+
+
+def contribute(adapter: Adapter, position: int, weight: float, base: Checkpoint) -> Contribution:
+    """Place every tensor of the adapter."""
+    found = Contribution(adapter, position, weight)
+    names = [f"{module}.weight" for module in adapter.parts] or list(adapter.full)
+    found.rule = find_rule(names, base.tensors.keys())
+    place = _Placer(found, base)
+    for module, parts in adapter.parts.items():
+        place.module(module, parts)
+    for name, tensor in adapter.full.items():
+        place.full_copy(name, tensor)
+    _check_weight(found)
+    return found
+
+
+def _check_weight(found: Contribution) -> None:
+    """A factor scales a sum; it has no meaning for a DoRA or for a tensor that is replaced."""
+    if found.weight == 1.0:
+        return
+    dora = any(step.tuner == "dora" for steps in found.steps.values() for step in steps)
+    kinds = [name for name, there in (("DoRA", dora), ("full copies", found.copies), ("token rows", found.rows)) if there]
+    if kinds:
+        found.problems.append(
+            Problem(found.adapter.name, f"weight {found.weight:g} has no meaning for {' and '.join(kinds)}; use 1.0")
+        )
+
+
+class _Placer:
+    """Places the tensors of one adapter on one base."""
+
+    def __init__(self, found: Contribution, base: Checkpoint) -> None:
+        self.found = found
+        self.base = base
+        self.adapter = found.adapter
+        self.config = found.adapter.config
+        self.model_type = base.config.get("model_type")
+
+    def ref(self, tensor: TensorInfo) -> TensorRef:
+        return TensorRef.of(adapter_root(self.found.position), self.adapter.weights_file, tensor)
+
+    def problem(self, where: str, what: str) -> None:
+        self.found.problems.append(Problem(where, what))
+
+    def module(self, module: str, parts: Mapping[str, TensorInfo]) -> None:
+        """Place the parts of one module."""
+        if "token_rows" in parts:
+            self._token_rows(module, parts["token_rows"])
+        names = {name for name in parts if name != "token_rows"}
+        if not names:
+            return
+        key = self._weight_key(module)
+        if key is None:
+            return
+        pair = next((p for p in PAIRS if p <= names), None)
+        extra = names - (pair or set()) - {"magnitude", "lora_bias"}
+        if pair is None or extra:
+            missing = sorted((next((p for p in PAIRS if p & names), PAIRS[0])) - names)
+            self.problem(module, f"incomplete: has {', '.join(sorted(names))}, lacks {', '.join(missing) or 'nothing'}")
+            return
+        if not all(parts[name].dtype.mergeable for name in names):
+            self.problem(module, f"adapter tensors of type {', '.join(sorted({parts[n].dtype.name for n in names}))}")
+            return
+        step = self._step(module, key, parts, embedding="lora_embedding_A" in pair)
+        if step is not None:
+            self.found.steps.setdefault(key, []).append(step)
+        if "lora_bias" in names:
+            self._bias(module, parts["lora_bias"])
+
+    def _weight_key(self, module: str) -> str | None:
+        """Key of the module's weight, or a problem."""
+        # A module inside a wrapped one keeps the wrapper's name: attn.base_layer.out_proj (MultiheadAttention).
+        plain = module.replace(".base_layer.", ".")
+        for leaf in (".weight", ".in_proj_weight"):
+            key = self.found.rule.key(plain + leaf)
+            if key in self.base.tensors or (leaf == ".weight" and key == self._tied_head()):
+                return key
+        key = self.found.rule.key(plain + ".weight")
+        close = near(key, self.base.tensors)
+        self.problem(module, f"reaches nothing: the base has no {key}" + (f"; near: {close}" if close else ""))
+        return None
+
+    def _tied_head(self) -> str | None:
+        """Key of a head that is not stored because it is tied to the embedding."""
+        keys = self.base.tensors.keys()
+        key = families.head_key(self.base.config, keys) if families.is_tied(self.base.config, keys) else None
+        return key if key and key not in keys else None
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        """Stored shape of the weight; a tied head has that of the embedding."""
+        if key in self.base.tensors:
+            return self.base.tensors[key][1].shape
+        embedding = embedding_key(self.base)
+        return self.base.tensors[embedding][1].shape if embedding else ()
+
+    def _step(self, module: str, key: str, parts: Mapping[str, TensorInfo], embedding: bool) -> Step | None:
+        shape = self._shape(key)
+        if not self._target_is_float(module, key):
+            return None
+        oriented = (self._embedding if embedding else self._pair)(module, shape, parts)
+        if oriented is None:
+            return None
+        left, right, axis = oriented
+        rank = right.shape[0]
+        if not self._rank_agrees(module, rank):
+            return None
+        magnitude = self._magnitude(module, parts, shape, axis)
+        if magnitude is False:
+            return None
+        scaling = self.config.scaling(module) * self.found.weight
+        self.found.scalings.add(self.config.scaling(module))
+        self.found.ranks.add(rank)
+        tuner = "dora" if magnitude else "lora"
+        return Step(self.found.position, tuner, scaling, right, left, magnitude or None, axis)
+
+    def _target_is_float(self, module: str, key: str) -> bool:
+        dtype = self.base.tensors[key][1].dtype if key in self.base.tensors else None
+        if dtype is None or dtype.mergeable:
+            return True
+        self.problem(module, f"the base stores {key} as {dtype.name} codes, which cannot be added to")
+        return False
+
+    def _rank_agrees(self, module: str, rank: int) -> bool:
+        if rank == self.config.rank(module):
+            return True
+        self.problem(module, f"rank {rank} in the file, {self.config.rank(module)} in the config")
+        return False
+
+    def _embedding(
+        self, module: str, shape: tuple[int, ...], parts: Mapping[str, TensorInfo]
+    ) -> tuple[Part, Part, int] | None:
+        """A (r, vocabulary), B (dimension, r) on a weight stored (vocabulary, dimension)."""
+        a, b = parts["lora_embedding_A"], parts["lora_embedding_B"]
+        if not self._two_dimensional(module, a, b):
+            return None
+        if (a.shape[1], b.shape[0]) != shape:
+            self.problem(module, f"fits ({a.shape[1]}, {b.shape[0]}), the base has {shape}")
+            return None
+        return Part(self.ref(a), transposed=True), Part(self.ref(b), transposed=True), 0
+
+    def _pair(
+        self, module: str, shape: tuple[int, ...], parts: Mapping[str, TensorInfo]
+    ) -> tuple[Part, Part, int] | None:
+        """A (r, in), B (out, r) on a weight stored (out, in) or (in, out); kernels are flattened."""
+        a, b = parts["lora_A"], parts["lora_B"]
+        if len(shape) > 2 and len(a.shape) == len(shape):
+            fits = (b.shape[0], *a.shape[1:])
+            flat = all(n == 1 for n in b.shape[2:]) and b.shape[1] == a.shape[0]
+            if fits != shape or not flat:
+                self.problem(module, f"A {a.shape} and B {b.shape} do not fit the base's {shape}")
+                return None
+            return Part(self.ref(b)), Part(self.ref(a)), 1
+        if not self._two_dimensional(module, a, b):
+            return None
+        transposed = self._transposed(module, shape, (b.shape[0], a.shape[1]))
+        if transposed is None:
+            return None
+        if transposed:
+            return Part(self.ref(a), transposed=True), Part(self.ref(b), transposed=True), 0
+        return Part(self.ref(b)), Part(self.ref(a)), 1
+
+    def _two_dimensional(self, module: str, a: TensorInfo, b: TensorInfo) -> bool:
+        if len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] > 0:
+            return True
+        self.problem(module, f"A {a.shape} and B {b.shape} are not a pair (r, in), (out, r)")
+        return False
+
+    def _transposed(self, module: str, shape: tuple[int, ...], logical: tuple[int, int]) -> bool | None:
+        """Whether the weight is stored (in, out); a square one is never guessed."""
+        declared = families.stored_transposed(self.model_type, module)
+        plain, turned = shape == logical, shape == logical[::-1]
+        if declared is not None:
+            plain, turned = plain and not declared, turned and declared
+        if plain != turned:
+            return turned
+        if not plain:
+            self.problem(module, f"is for {logical} (out, in), the base stores {shape}")
+            return None
+        if not self.config.fan_in_fan_out:
+            return False
+        if (known := self._siblings_transposed()) is not None:
+            return known
+        self.problem(
+            module,
+            f"{shape} is square and fan_in_fan_out is set, so its orientation cannot be known; set fan_in_fan_out to "
+            "what the layer type is (true for Conv1D only) and give config.json its model_type",
+        )
+        return None
+
+    def _siblings_transposed(self) -> bool | None:
+        """How this adapter's other modules lie, where their shapes leave no doubt."""
+        for module, parts in self.adapter.parts.items():
+            key = self.found.rule.key(module + ".weight")
+            if {"lora_A", "lora_B"} <= parts.keys() and key in self.base.tensors:
+                shape = self.base.tensors[key][1].shape
+                logical = (parts["lora_B"].shape[0], parts["lora_A"].shape[-1])
+                if len(shape) == 2 and shape[0] != shape[1] and shape in (logical, logical[::-1]):
+                    return shape != logical
+        return None
+
+    def _magnitude(
+        self, module: str, parts: Mapping[str, TensorInfo], shape: tuple[int, ...], axis: int
+    ) -> TensorRef | None | bool:
+        """The DoRA magnitude, None for plain LoRA, False for a problem."""
+        tensor = parts.get("magnitude")
+        if (tensor is not None) != self.config.use_dora:
+            here = "has a lora_magnitude_vector" if tensor else "lacks its lora_magnitude_vector"
+            self.problem(module, f"{here}, but use_dora is {str(self.config.use_dora).lower()}")
+            return False
+        if tensor is None:
+            return None
+        ref = self.ref(tensor)
+        outputs = shape[0] if axis == 1 else shape[-1]
+        if ref.count != outputs:
+            self.problem(module, f"lora_magnitude_vector has {ref.count} elements, the weight {outputs} outputs")
+            return False
+        return ref
+
+    def _bias(self, module: str, tensor: TensorInfo) -> None:
+        """LoRA's own bias is scaled and added to the layer's."""
+        key = self.found.rule.key(module + ".bias")
+        if key not in self.base.tensors:
+            self.problem(module, f"has a LoRA bias, but the base has no {key} to add it to")
+        elif self.base.tensors[key][1].shape != tensor.shape:
+            self.problem(module, f"LoRA bias {tensor.shape}, the base's bias {self.base.tensors[key][1].shape}")
+        else:
+            scaling = self.config.scaling(module) * self.found.weight
+            self.found.steps.setdefault(key, []).append(
+                Step(self.found.position, "lora", scaling, Part(self.ref(tensor)))
+            )
+
+    def _token_rows(self, module: str, tensor: TensorInfo) -> None:
+        ids = self._token_ids(module)
+        key = self._weight_key(module)
+        if key is None:
+            return
+        shape = self._shape(key)
+        if ids is None:
+            self.problem(module, "has trained token rows, but trainable_token_indices names none for it")
+        elif len(shape) != 2 or tensor.shape != (len(ids), shape[1]):
+            self.problem(module, f"token rows {tensor.shape} do not fit {len(ids)} indices into {shape}")
+        elif self._target_is_float(module, key):
+            self.found.rows[key] = Rows(self.found.position, self.ref(tensor), ids)
+
+    def _token_ids(self, module: str) -> tuple[int, ...] | None:
+        table: Mapping[str, tuple[int, ...]] = self.config.trainable_token_indices
+        matches: Callable[[str], bool] = lambda name: module == name or module.endswith("." + name)  # noqa: E731
+        named = next((ids for name, ids in table.items() if name and matches(name)), None)
+        return named if named is not None else table.get("") or next(iter(table.values()), None)
+
+    def full_copy(self, name: str, tensor: TensorInfo) -> None:
+        """Place a tensor that replaces one of the base, or is new."""
+        key = self.found.rule.key(name.replace(".base_layer.", "."))
+        if not tensor.dtype.mergeable:
+            self.problem(name, f"a full copy of type {tensor.dtype.name} is not supported")
+        elif key in self.base.tensors:
+            self._replace(name, key, tensor)
+        elif key == self._tied_head() or self._is_saved(name):
+            self._take(name, key, tensor)
+        else:
+            close = near(key, self.base.tensors)
+            hint = f"; near: {close}" if close else ""
+            self.problem(name, f"reaches nothing: not in the base, not in modules_to_save{hint}")
+
+    def _replace(self, name: str, key: str, tensor: TensorInfo) -> None:
+        shape = self.base.tensors[key][1].shape
+        resized = len(shape) == 2 and tensor.shape[1:] == shape[1:] and _is_vocabulary(key)
+        if tensor.shape != shape and not resized:
+            self.problem(name, f"full copy {tensor.shape}, the base has {shape}")
+        elif self._target_is_float(name, key):
+            self._take(name, key, tensor)
+
+    def _take(self, name: str, key: str, tensor: TensorInfo) -> None:
+        self.found.copies[key] = self.ref(tensor)
+        if self._is_saved(name):
+            self.found.saved.add(key)
+
+    def _is_saved(self, name: str) -> bool:
+        path = name.split(".")
+        return any(saved.split(".")[-1] in path[:-1] for saved in self.config.modules_to_save)
+
+
+def _is_vocabulary(key: str) -> bool:
+    """Whether the rows of this weight are tokens, whose number may change."""
+    return key in families.HEADS or families.is_embedding(key.removesuffix(".weight"))
+
+
+def embedding_key(base: Checkpoint) -> str | None:
+    """Key of the input embedding: the one whose rows are as many as the vocabulary, if there are several."""
+    found = [k for k in base.tensors if k.endswith(".weight") and families.is_embedding(k.removesuffix(".weight"))]
+    if len(found) > 1:
+        size = families.text_config(base.config)[1].get("vocab_size")
+        found = [k for k in found if base.tensors[k][1].shape[:1] == (size,)] or found
+    return found[0] if found else None

@@ -1,0 +1,56 @@
+"""What a plan will take: bytes by what happens to them, and memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from inlay.errors import Problem
+from inlay.plan import memory
+from inlay.plan.types import Cost, Entry, ShardPlan
+from inlay.tuners import TUNERS, kernel
+
+
+def threads() -> int:
+    """Threads that a run uses when not told otherwise: the processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def by_kernel(entry: Entry) -> bool:
+    """Whether the float32 kernel does this entry; otherwise it is computed in float64."""
+    if entry.patches:
+        return False
+    additive = all(TUNERS[step.tuner].ADDITIVE for step in entry.steps)
+    parts = [part.ref.dtype for step in entry.steps for part in (step.left, step.right) if part]
+    return additive and kernel.fits(entry.source.dtype, entry.dtype, parts)
+
+
+def estimate(shards: Sequence[ShardPlan], max_memory: int, problems: list[Problem]) -> Cost:
+    """Cost of a plan; a tensor that cannot be worked on under the cap is a problem."""
+    entries = [entry for shard in shards for entry in shard.entries]
+    computed = [e for e in entries if not e.copied]
+    refs = {ref for e in computed for ref in _adapter_refs(e)}
+    peaks = [0]
+    for entry in computed:
+        try:
+            peaks.append(memory.peak(entry, by_kernel(entry), threads(), max_memory))
+        except ValueError as error:
+            problems.append(
+                Problem(entry.key, f"one row and its factors take {error.args[0]:,} bytes, --max_memory allows {max_memory:,}")
+            )
+    floats = [e for e in entries if e.dtype.kind in ("float", "code")]
+    return Cost(
+        read=sum(e.source.nbytes for e in computed) + sum(ref.nbytes for ref in refs),
+        computed=sum(e.nbytes for e in computed),
+        copied=sum(e.nbytes for e in entries if e.copied),
+        written=sum(e.nbytes for e in entries),
+        touched_parameters=sum(e.count for e in floats if e.touched),
+        parameters=sum(e.count for e in floats),
+        memory=max(peaks),
+    )
+
+
+def _adapter_refs(entry: Entry) -> set[object]:
+    refs = {part.ref for step in entry.steps for part in (step.left, step.right) if part}
+    refs |= {step.magnitude for step in entry.steps if step.magnitude}
+    return refs | {patch.ref for patch in entry.patches}

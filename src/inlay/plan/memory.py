@@ -1,0 +1,67 @@
+"""How much is worked on at once: integer arithmetic on shapes, under a hard cap.
+
+The cap counts what the merge itself holds: the block of rows that each thread works on, and the factors
+of the tensor at hand. It does not depend on the size of a tensor, a shard or a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from inlay.plan.types import Entry
+
+DEFAULT_MAX_MEMORY = 1 << 30
+# The work space of a thread: large enough to hide the cost of a call, small enough for its cache.
+KERNEL_TILE_BYTES = 1 << 19
+FLOAT64_TILE_BYTES = 1 << 22
+# Live float64 arrays of one block in the float64 path: value, error, delta, norms, bits low and high.
+FLOAT64_ARRAYS = 8
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Rows a block, and the bytes that this takes: once for the tensor, and for each thread.
+
+    Where each element stands alone, a row is one element.
+    """
+
+    rows: int
+    shared: int
+    per_thread: int
+
+
+def tile(entry: Entry, kernel: bool) -> Tiling:
+    """Preferred blocking of an entry; `kernel` for the float32 kernel, otherwise float64."""
+    rows, cols = (entry.count, 1) if entry.elementwise else entry.matrix
+    stored = cols * (entry.source.dtype.bits + entry.dtype.bits) // 8
+    rank = sum(step.rank for step in entry.steps)
+    if kernel:
+        shared = 2 * rank * cols * 8  # the factor as stored and packed, of this tensor and the next
+        per_row = stored + rank * 12
+        block = KERNEL_TILE_BYTES
+    else:
+        shared = 2 * rank * cols * 16
+        per_row = stored + cols * 8 * FLOAT64_ARRAYS + rank * 16
+        block = FLOAT64_TILE_BYTES
+    count = max(1, min(rows, block // max(1, per_row)))
+    return Tiling(count, shared, count * per_row)
+
+
+def fit(entry: Entry, kernel: bool, threads: int, max_memory: int) -> tuple[Tiling, int]:
+    """Blocking and number of threads under the cap.
+
+    Raises ValueError with the bytes needed when one row on one thread is too much.
+    """
+    wanted = tile(entry, kernel)
+    per_row = -(-wanted.per_thread // wanted.rows)
+    if wanted.shared + per_row > max_memory:
+        raise ValueError(wanted.shared + per_row)
+    threads = max(1, min(threads, (max_memory - wanted.shared) // per_row))
+    rows = min(wanted.rows, (max_memory - wanted.shared) // (threads * per_row))
+    return Tiling(rows, wanted.shared, rows * per_row), threads
+
+
+def peak(entry: Entry, kernel: bool, threads: int, max_memory: int) -> int:
+    """Bytes that working on this entry takes."""
+    tiling, threads = fit(entry, kernel, threads, max_memory)
+    return tiling.shared + threads * tiling.per_thread

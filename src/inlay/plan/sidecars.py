@@ -1,0 +1,155 @@
+"""Files beside the weights: copied byte for byte, save for the few values that must change."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from inlay.adapters.adapter import Adapter
+from inlay.checkpoints.checkpoint import Checkpoint
+from inlay.checkpoints.spans import BASE, adapter_root
+from inlay.dtypes import DTYPES
+from inlay.keys import families
+from inlay.plan.types import Sidecar
+
+MANIFEST = "inlay.json"
+CARD = "README.md"
+BASE_CARD = "README.base.md"
+CONFIG = "config.json"
+
+# Other copies of the same weights would still be the unmerged ones.
+OTHER_WEIGHTS = (".gguf", ".onnx", ".onnx_data", ".pth", ".h5", ".msgpack", ".ot", ".tflite", ".mlmodel")
+SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__"})
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.json",
+    CHAT_TEMPLATE,
+)  # fmt: skip
+
+
+def plan_sidecars(
+    base: Checkpoint, adapters: Sequence[Adapter], edits: Mapping[str, Any], notes: list[str]
+) -> tuple[tuple[Sidecar, ...], dict[str, str]]:
+    """Sidecars of the output, and what is left out with the reason."""
+    weights = {shard.file for shard in base.shards} | ({base.index_file} if base.index_file else set())
+    found: dict[str, Sidecar] = {}
+    left_out: dict[str, str] = {}
+    for file in _files(base.path):
+        if file in weights:
+            continue
+        if reason := _reason_to_leave_out(file):
+            left_out[file] = reason
+        elif file == CARD:
+            found[BASE_CARD] = Sidecar(BASE_CARD, BASE, file)
+        else:
+            found[file] = Sidecar(file, BASE, file, dict(edits) if file == CONFIG else {})
+    _overlay_tokenizer(found, base, adapters, left_out, notes)
+    return tuple(found[name] for name in sorted(found)), left_out
+
+
+def _files(directory: Path) -> list[str]:
+    found = []
+    for folder, folders, files in os.walk(directory):
+        folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS)
+        found += [PurePosixPath(os.path.relpath(os.path.join(folder, f), directory)).as_posix() for f in files]
+    return sorted(f.replace(os.sep, "/") for f in found)
+
+
+def _reason_to_leave_out(file: str) -> str | None:
+    name = PurePosixPath(file).name
+    top = "/" not in file
+    if name == MANIFEST and top:
+        return "the manifest of the base; its recipe is kept in the new one"
+    if name.endswith(OTHER_WEIGHTS):
+        return "holds weights in another format, which would not be merged"
+    unindexed = name.endswith(".safetensors") or (name.startswith("pytorch_model") and ".bin" in name)
+    if top and (unindexed or name.endswith(".safetensors.index.json")):
+        return "holds a second copy of the weights, which would not be merged"
+    return None
+
+
+def _overlay_tokenizer(
+    found: dict[str, Sidecar],
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    left_out: dict[str, str],
+    notes: list[str],
+) -> None:
+    """Tokenizer files that an adapter brings take the place of the base's; the last adapter wins."""
+    for position, adapter in enumerate(adapters):
+        brought = [file for file in TOKENIZER_FILES if (adapter.path / file).is_file()]
+        changed = [file for file in brought if not _same_file(adapter.path / file, base.path / file)]
+        for file in changed:
+            if file in found and found[file].root != BASE:
+                notes.append(f"{file}: {adapter.name} brings its own, over an earlier adapter's")
+            found[file] = Sidecar(file, adapter_root(position), file)
+        if changed:
+            notes.append(f"tokenizer files from {adapter.name}: {', '.join(changed)}")
+        embedded = "tokenizer_config.json" in changed and _has_template(adapter.path / "tokenizer_config.json")
+        if embedded and CHAT_TEMPLATE not in brought and CHAT_TEMPLATE in found:
+            del found[CHAT_TEMPLATE]
+            left_out[CHAT_TEMPLATE] = f"{adapter.name} has its chat template in tokenizer_config.json, which this would hide"
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    return b.is_file() and a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes()
+
+
+def _has_template(path: Path) -> bool:
+    return b'"chat_template"' in path.read_bytes()
+
+
+def config_edits(
+    base: Checkpoint, dtype: str | None, untied: bool, vocabulary: int | None, head: tuple[str, int] | None
+) -> dict[str, Any]:
+    """The values of config.json that must change, by dotted path.
+
+    `vocabulary` is a new number of rows; `head` is the task and the number of labels of a new head.
+    """
+    config, edits = base.config, {}
+    part, text = families.text_config(config)
+    if untied:
+        edits["tie_word_embeddings"] = False
+        if part and text.get("tie_word_embeddings"):
+            edits[part + "tie_word_embeddings"] = False
+    if vocabulary is not None:
+        edits[part + "vocab_size"] = vocabulary
+        if part and "vocab_size" in config:
+            edits["vocab_size"] = vocabulary
+    if dtype is not None:
+        edits.update(_dtype_edits(config, part, text, DTYPES[dtype].torch))
+    if head is not None:
+        edits.update(_head_edits(config, *head))
+    return edits
+
+
+def _dtype_edits(config: Mapping[str, Any], part: str, text: Mapping[str, Any], name: str) -> dict[str, Any]:
+    edits = {}
+    for prefix, section in (("", config), (part, text)):
+        for field in ("dtype", "torch_dtype"):
+            if section.get(field) not in (None, name):
+                edits[prefix + field] = name
+    if not any(field in config for field in ("dtype", "torch_dtype")):
+        edits["torch_dtype"] = name
+    return edits
+
+
+HEAD_CLASSES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+
+
+def _head_edits(config: Mapping[str, Any], task: str, labels: int) -> dict[str, Any]:
+    """A new classification head: the class that builds it, and its number of labels."""
+    edits: dict[str, Any] = {}
+    name = families.architecture_of(config)
+    for ending in ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "Model"):
+        if name.endswith(ending) and task in HEAD_CLASSES:
+            edits["architectures"] = [name.removesuffix(ending) + HEAD_CLASSES[task]]
+            break
+    known = config.get("id2label")
+    if (len(known) if isinstance(known, Mapping) else 2) != labels:
+        edits["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
+        edits["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
+    return edits

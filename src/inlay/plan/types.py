@@ -1,0 +1,321 @@
+"""A plan: what will be written, from which bytes, by which steps. Data only.
+
+It travels as JSON (`from_json(to_json(p)) == p`), its digest names the merge, and it holds references,
+never tensors. Paths and times are kept apart in `Inputs` and are no part of the digest: the same base
+and adapters in another place make the same plan.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from inlay.checkpoints.spans import TensorRef
+from inlay.digests import digest_json
+from inlay.dtypes import DTYPES, DType
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A factor of a step in the orientation of the stored weight: the tensor as a matrix, perhaps transposed."""
+
+    ref: TensorRef
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, cols = self.ref.matrix
+        return (cols, rows) if self.transposed else (rows, cols)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one adapter does to one tensor.
+
+    `left` (rows, r) is None for a bias, where it is [[1]]; `right` is (r, cols). `scaling` has the weight
+    of the adapter in it. `axis` is the stored axis along which DoRA takes its norm.
+    """
+
+    adapter: int
+    tuner: str
+    scaling: float
+    right: Part
+    left: Part | None = None
+    magnitude: TensorRef | None = None
+    axis: int = 1
+
+    @property
+    def rank(self) -> int:
+        return self.right.shape[0]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a tensor that an adapter replaces: row `i` of `ref` becomes row `rows[i]`."""
+
+    adapter: int
+    ref: TensorRef
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the output.
+
+    It starts from `source` (of the base, or an adapter's full copy), takes `patches` of rows, then
+    `steps`, and is rounded once to `dtype`. Law: without patches, steps and change of dtype or shape its
+    bytes are those of the source.
+    """
+
+    key: str
+    dtype: DType
+    shape: tuple[int, ...]
+    source: TensorRef
+    patches: tuple[Rows, ...] = ()
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def copied(self) -> bool:
+        """Whether the bytes are those of the source."""
+        return not self.patches and not self.steps and self.dtype is self.source.dtype and not self.grown
+
+    @property
+    def grown(self) -> bool:
+        """Whether rows are added to those of the source."""
+        return self.shape != self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.nbytes(self.count)
+
+    @property
+    def count(self) -> int:
+        return replace(self.source, shape=self.shape).count
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        return replace(self.source, shape=self.shape).matrix
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether each element depends on its own source only: at most a change of type."""
+        return not self.patches and not self.steps and not self.grown
+
+    @property
+    def touched(self) -> bool:
+        """Whether an adapter has a part in it."""
+        return bool(self.steps or self.patches or self.source.root != "base")
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output file. `like` names the base shard whose header it keeps byte for byte, if it does."""
+
+    file: str
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, str]
+    like: str | None = None
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """A file that is not a shard: copied from a root, perhaps with edits of JSON values (dotted path -> value)."""
+
+    file: str
+    root: str
+    source: str
+    edits: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AdapterUse:
+    """An adapter as it takes part: who it is, how strongly, what it reaches."""
+
+    name: str
+    digest: str
+    tuner: str
+    weight: float
+    rank: tuple[int, ...]
+    scaling: tuple[float, ...]
+    modules: int
+    parameters: int
+    base_model: str | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose and what changes the bytes."""
+
+    dtype: str | None = None
+    combine: str = "sum"
+    max_shard_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """A digest that the adapter recorded of a base tensor it was trained on."""
+
+    adapter: int
+    key: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file that the plan reads, as it was when the plan was made; a resumed run compares."""
+
+    root: str
+    file: str
+    nbytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where base and adapters lie on this machine."""
+
+    roots: Mapping[str, str]
+    files: tuple[InputFile, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run will do, in bytes, and the share of the parameters that an adapter touches."""
+
+    read: int
+    computed: int
+    copied: int
+    written: int
+    touched_parameters: int
+    parameters: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run does, decided and checked."""
+
+    base: str
+    base_name: str
+    adapters: tuple[AdapterUse, ...]
+    settings: Settings
+    shards: tuple[ShardPlan, ...]
+    index: Mapping[str, Any] | None
+    sidecars: tuple[Sidecar, ...]
+    left_out: Mapping[str, str]
+    expectations: tuple[Expectation, ...]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    overlaps: tuple[str, ...]
+    order_matters: bool
+    cost: Cost
+    inputs: Inputs
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the merge: base headers, adapter contents, settings and steps; no paths, no times."""
+        value = to_json(self)
+        for name in ("inputs", "warnings", "notes", "cost", "base_name"):
+            del value[name]
+        return digest_json(value)
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """Key -> entry."""
+        return {e.key: e for shard in self.shards for e in shard.entries}
+
+    @property
+    def roots(self) -> dict[str, Path]:
+        return {name: Path(path) for name, path in self.inputs.roots.items()}
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON values. Law: `from_json(to_json(p)) == p`."""
+    return {"format": FORMAT, **{name: _encode(value) for name, value in _fields(plan)}}
+
+
+def _fields(value: Any) -> list[tuple[str, Any]]:
+    return [(name, getattr(value, name)) for name in value.__dataclass_fields__]
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, DType):
+        return value.name
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: _encode(v) for name, v in _fields(value)}
+    if isinstance(value, Mapping):
+        return {k: _encode(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_encode(v) for v in value]
+    return value
+
+
+def from_json(value: Mapping[str, Any]) -> Plan:
+    """A plan from what `to_json` made. Raises ValueError for another format."""
+    if value.get("format") != FORMAT:
+        raise ValueError(f"plan format {value.get('format')!r}; this version reads {FORMAT}")
+    v = dict(value)
+    del v["format"]
+    v["adapters"] = tuple(
+        AdapterUse(**{**a, "rank": tuple(a["rank"]), "scaling": tuple(a["scaling"])}) for a in v["adapters"]
+    )
+    v["settings"] = Settings(**v["settings"])
+    v["shards"] = tuple(_shard(s) for s in v["shards"])
+    v["sidecars"] = tuple(Sidecar(**s) for s in v["sidecars"])
+    v["expectations"] = tuple(Expectation(**e) for e in v["expectations"])
+    for name in ("warnings", "notes", "overlaps"):
+        v[name] = tuple(v[name])
+    v["cost"] = Cost(**v["cost"])
+    files = tuple(InputFile(**f) for f in v["inputs"]["files"])
+    v["inputs"] = Inputs(v["inputs"]["roots"], files)
+    return Plan(**v)
+
+
+def _shard(v: Mapping[str, Any]) -> ShardPlan:
+    return ShardPlan(v["file"], tuple(_entry(e) for e in v["entries"]), v["metadata"], v["like"])
+
+
+def _entry(v: Mapping[str, Any]) -> Entry:
+    return Entry(
+        key=v["key"],
+        dtype=DTYPES[v["dtype"]],
+        shape=tuple(v["shape"]),
+        source=_ref(v["source"]),
+        patches=tuple(Rows(p["adapter"], _ref(p["ref"]), tuple(p["rows"])) for p in v["patches"]),
+        steps=tuple(_step(s) for s in v["steps"]),
+    )
+
+
+def _step(v: Mapping[str, Any]) -> Step:
+    return Step(
+        adapter=v["adapter"],
+        tuner=v["tuner"],
+        scaling=v["scaling"],
+        right=_part(v["right"]),
+        left=_part(v["left"]) if v["left"] else None,
+        magnitude=_ref(v["magnitude"]) if v["magnitude"] else None,
+        axis=v["axis"],
+    )
+
+
+def _part(v: Mapping[str, Any]) -> Part:
+    return Part(_ref(v["ref"]), v["transposed"])
+
+
+def _ref(v: Mapping[str, Any]) -> TensorRef:
+    return TensorRef(v["root"], v["file"], v["key"], DTYPES[v["dtype"]], tuple(v["shape"]), v["start"])
+
+
+def dumps(plan: Plan) -> str:
+    """The plan as JSON text."""
+    return json.dumps(to_json(plan), indent=1, ensure_ascii=False)
+
+
+def loads(text: str) -> Plan:
+    return from_json(json.loads(text))

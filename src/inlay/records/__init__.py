@@ -1,0 +1,1 @@
+"""What was made from what: fingerprints of bases, manifests of results."""

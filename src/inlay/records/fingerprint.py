@@ -1,0 +1,51 @@
+"""Digests of tensors, and the record of the base that an adapter was trained on.
+
+A tensor is digested in leaves of whole rows, about LEAF_BYTES each, so that threads can share the work
+and a digest can be taken while the bytes pass by: its digest is that of the list of its leaves.
+
+`inlay_base.json` beside an adapter holds
+    {"format": 1, "headers": digest of all names, dtypes and shapes, "tensors": {key: digest}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from inlay.checkpoints.checkpoint import Checkpoint
+from inlay.checkpoints.spans import BASE, SpanReader, TensorRef
+from inlay.digests import digest_bytes, join
+
+FORMAT = 1
+LEAF_BYTES = 1 << 22
+
+
+def leaf_rows(row_nbytes: int) -> int:
+    """Rows in a leaf of a tensor whose rows have this many bytes."""
+    return max(1, LEAF_BYTES // max(1, row_nbytes))
+
+
+def tensor_digest(reader: SpanReader, ref: TensorRef) -> str:
+    """Digest of a stored tensor, read leaf by leaf."""
+    rows, _ = ref.matrix
+    row_nbytes = ref.nbytes // rows if rows else 0
+    step = leaf_rows(row_nbytes)
+    return join(_leaf(reader, ref, i * row_nbytes, min(rows, i + step) * row_nbytes) for i in range(0, rows, step))
+
+
+def _leaf(reader: SpanReader, ref: TensorRef, start: int, end: int) -> str:
+    block = np.empty(end - start, np.uint8)
+    reader.into(ref, start, memoryview(block))
+    return digest_bytes(block.data)
+
+
+def make_fingerprint(base: Checkpoint, keys: Iterable[str]) -> Mapping[str, Any]:
+    """The record of `base` for an adapter that touches `keys`."""
+    with SpanReader({BASE: base.path}) as reader:
+        tensors = {
+            key: tensor_digest(reader, TensorRef.of(BASE, base.tensors[key][0].file, base.tensors[key][1]))
+            for key in sorted(keys)
+        }
+    return {"format": FORMAT, "headers": base.fingerprint, "tensors": tensors}

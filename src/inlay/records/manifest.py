@@ -1,0 +1,35 @@
+"""`inlay.json`: what a merged directory is, and what it was made from.
+
+    {"format": 1, "inlay": version, "plan": digest,
+     "base":     {"name", "headers", "recipe"?: the manifest of a base that was itself merged},
+     "adapters": [{"name", "digest", "tuner", "weight", "rank", "scaling", …}],
+     "settings": {"dtype", "combine", "max_shard_bytes"},
+     "tensors":  {key: digest of each tensor that differs from the base},
+     "files":    {file: {"nbytes", "digest"?}},
+     "untied", "notes", "warnings"}
+
+It is written last, so that a directory with a manifest is whole. It names no path and no time: the same
+plan on the same inputs writes the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from inlay.checkpoints.json_files import read_json_object
+from inlay.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "inlay.json"
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest of a directory, or None where it has none. Raises CheckpointError for another format."""
+    path = directory / MANIFEST
+    if not path.exists():
+        return None
+    found = read_json_object(path, CheckpointError)
+    if found.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: manifest format {found.get('format')!r}, this version reads {FORMAT}")
+    return found

@@ -1,0 +1,85 @@
+"""`run_plan`: from a plan to a published directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from inlay.errors import InlayError, InputError, OutputError, PlanError
+from inlay.output.destination import check_destination
+from inlay.output.staging import Staging, sync_folder
+from inlay.plan.build import parse_size
+from inlay.plan.memory import DEFAULT_MAX_MEMORY
+from inlay.plan.types import Plan
+from inlay.run.local import LocalExecutor
+from inlay.run.publish import write_manifest, write_sidecars
+from inlay.run.shard import Progress
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where the merged model is, and what was written."""
+
+    output_dir: Path
+    nbytes: int
+    shards: int
+
+
+def run_plan(
+    plan: Plan,
+    output_dir: str | os.PathLike[str],
+    *,
+    exist_ok: bool = False,
+    max_memory: int | str = DEFAULT_MAX_MEMORY,
+    workers: int | None = None,
+    progress: Progress = lambda nbytes: None,
+    check: Callable[[Path], None] | None = None,
+) -> RunResult:
+    """Carry out `plan` and publish the result as `output_dir`.
+
+    The same plan gives the same bytes for any `workers`, `max_memory` and number of interruptions.
+    `progress` is called with bytes as they are done, from any thread. `check` sees the finished folder
+    before it is published; what it raises stops the publication.
+
+    Raises InputError when inputs changed since the plan was made, when a result would not be finite, and
+    OutputError when the destination cannot be written. Then nothing is left behind; after an
+    interruption the staging folder stays, for a rerun to go on from.
+    """
+    destination = Path(output_dir)
+    problems = check_destination(destination, plan.roots, exist_ok, 0)
+    if problems:
+        raise PlanError(problems)
+    _check_inputs(plan)
+    inputs = {"files": [dataclasses.asdict(f) for f in plan.inputs.files]}
+    with Staging(destination, plan.digest, inputs) as staging:
+        try:
+            executor = LocalExecutor(plan, parse_size(max_memory), workers)
+            results = executor.run(staging, progress)
+            digests = write_sidecars(plan, staging.path)
+            write_manifest(plan, staging.path, results, digests)
+            sync_folder(staging.path)
+            if check is not None:
+                check(staging.path)
+            staging.publish()
+        except InlayError:
+            staging.discard()
+            raise
+        except OSError as error:
+            staging.discard()
+            raise OutputError(f"{destination}: cannot be written: {error.strerror} ({error.filename})") from error
+    return RunResult(destination, plan.cost.written, len(plan.shards))
+
+
+def _check_inputs(plan: Plan) -> None:
+    """A file that changed since it was planned would be merged by a plan that was made for another."""
+    for file in plan.inputs.files:
+        path = plan.roots[file.root] / file.file
+        try:
+            stat = path.stat()
+        except OSError:
+            raise InputError(f"{path}: was there when the plan was made, and is gone") from None
+        if (stat.st_size, stat.st_mtime_ns) != (file.nbytes, file.mtime_ns):
+            raise InputError(f"{path}: has changed since the plan was made; make the plan again")

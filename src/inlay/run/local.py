@@ -1,0 +1,200 @@
+"""The local executor: a pool of threads on this machine.
+
+Reading, computing and writing of different bands overlap, because each thread does all three for its
+own band and none of them holds the interpreter. Finished shards are synced behind the next one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from inlay.checkpoints.header import read_header
+from inlay.checkpoints.spans import BASE, SpanReader, TensorRef
+from inlay.errors import InputError
+from inlay.output.copying import clone
+from inlay.output.staging import Staging
+from inlay.plan.cost import by_kernel, threads
+from inlay.plan.memory import fit
+from inlay.plan.types import Entry, Plan, ShardPlan
+from inlay.records.fingerprint import tensor_digest
+from inlay.run.shard import Bands, Layout, Progress, copies, lay_out_file, open_target, run_copy
+
+QUEUED_PER_THREAD = 2
+
+
+@dataclass
+class ShardResult:
+    """Digests of the computed tensors of a finished shard."""
+
+    nbytes: int
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+class LocalExecutor:
+    """Runs the shards of a plan into a staging folder."""
+
+    def __init__(self, plan: Plan, max_memory: int, workers: int | None = None) -> None:
+        self.plan = plan
+        self.max_memory = max_memory
+        self.workers = workers or threads()
+        self._expected: Mapping[str, tuple[str, str]] = {
+            e.key: (e.digest, plan.adapters[e.adapter].name) for e in plan.expectations
+        }
+
+    def run(self, staging: Staging, progress: Progress) -> dict[str, ShardResult]:
+        """Write every shard that has no valid record yet; results by file name.
+
+        Raises InputError when a result is not finite or the base is not the recorded one.
+        """
+        results = {}
+        with (
+            SpanReader(self.plan.roots) as reader,
+            ThreadPoolExecutor(self.workers) as pool,
+            ThreadPoolExecutor(1) as syncer,
+        ):
+            pending = []
+            for shard in self.plan.shards:
+                layout = lay_out_file(shard, self._base_header(shard))
+                done = _taken_up(staging, shard, layout, reader)
+                if done is not None:
+                    progress(layout.nbytes - len(layout.header))
+                    results[shard.file] = done
+                    continue
+                results[shard.file] = self._run_shard(shard, layout, staging.path / shard.file, reader, pool, progress)
+                pending.append(syncer.submit(_finish, staging, shard.file, results[shard.file]))
+            for future in pending:
+                future.result()
+        return results
+
+    def _base_header(self, shard: ShardPlan) -> bytes | None:
+        if shard.like is None:
+            return None
+        return read_header(self.plan.roots[BASE] / shard.like).raw
+
+    def _run_shard(
+        self, shard: ShardPlan, layout: Layout, path: Path, reader: SpanReader, pool: ThreadPoolExecutor, progress: Progress
+    ) -> ShardResult:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        target = open_target(path, layout.nbytes, layout.header)
+        try:
+            queue = _Queue(pool, self.workers * QUEUED_PER_THREAD)
+            if self._cloned(shard, reader, target):
+                progress(sum(e.nbytes for e in shard.entries if e.copied))
+            else:
+                for copy in copies(shard, layout.places):
+                    queue.submit(run_copy, copy, reader, target, progress)
+            merged = [
+                self._merge(entry, layout, reader, queue, target, progress) for entry in shard.entries if not entry.copied
+            ]
+            queue.drain()
+        finally:
+            os.close(target)
+        self._check(shard, merged, reader)
+        return ShardResult(layout.nbytes, {bands.entry.key: bands.digest for bands in merged})
+
+    def _cloned(self, shard: ShardPlan, reader: SpanReader, target: int) -> bool:
+        """Whether the target now shares the extents of a base shard with the same header."""
+        return shard.like is not None and clone(reader.fileno(BASE, shard.like), target)
+
+    def _merge(
+        self, entry: Entry, layout: Layout, reader: SpanReader, queue: _Queue, target: int, progress: Progress
+    ) -> Bands:
+        tiling, at_once = fit(entry, by_kernel(entry), self.workers, self.max_memory)
+        queue.limit_tensors(1)
+        bands = Bands(entry, layout.places[entry.key], reader, tiling)
+        digest_source = entry.key in self._expected
+        queue.limit = at_once if at_once < self.workers else self.workers * QUEUED_PER_THREAD
+        for band in range(bands.count):
+            queue.submit(bands.run, band, target, digest_source, progress)
+        queue.end_tensor()
+        return bands
+
+    def _check(self, shard: ShardPlan, merged: list[Bands], reader: SpanReader) -> None:
+        bad = [bands.entry.key for bands in merged if not bands.finite]
+        if bad:
+            raise InputError(
+                f"{len(bad)} merged tensor{'s' if len(bad) > 1 else ''} would hold Inf or NaN: {', '.join(bad[:10])}. "
+                "The values are out of the range of the stored type, or not finite in the base; "
+                "choose a wider --torch_dtype. Nothing was written"
+            )
+        taken = {bands.entry.key: bands.source_digest for bands in merged}
+        for entry in shard.entries:
+            if entry.key in self._expected and entry.source.root == BASE:
+                self._check_source(entry.key, taken.get(entry.key) or tensor_digest(reader, entry.source))
+
+    def _check_source(self, key: str, found: str) -> None:
+        wanted, adapter = self._expected[key]
+        if found != wanted:
+            raise InputError(
+                f"{adapter} was trained on another base: {key} has other values (recorded {wanted}, here {found}). "
+                "Give the base it was trained on with --model. Nothing was written"
+            )
+
+
+class _Queue:
+    """Submits tasks and holds back when enough are under way, so that memory stays bounded."""
+
+    def __init__(self, pool: ThreadPoolExecutor, limit: int) -> None:
+        self.limit = limit
+        self._pool = pool
+        self._running: set[Future[None]] = set()
+        self._tensors: list[set[Future[None]]] = [set()]
+
+    def submit(self, task: object, *args: object) -> None:
+        while len(self._running) >= self.limit:
+            self._wait(FIRST_COMPLETED)
+        future = self._pool.submit(task, *args)  # type: ignore[arg-type]
+        self._running.add(future)
+        self._tensors[-1].add(future)
+
+    def end_tensor(self) -> None:
+        self._tensors.append(set())
+
+    def limit_tensors(self, count: int) -> None:
+        """Wait until at most `count` earlier tensors still have tasks under way."""
+        while True:
+            self._tensors = [t & self._running for t in self._tensors[:-1] if t & self._running] + [self._tensors[-1]]
+            if len(self._tensors) - 1 <= count:
+                return
+            self._wait(FIRST_COMPLETED)
+
+    def drain(self) -> None:
+        while self._running:
+            self._wait(FIRST_COMPLETED)
+
+    def _wait(self, when: str) -> None:
+        done, self._running = wait(self._running, return_when=when)
+        for future in done:
+            future.result()
+
+
+def _finish(staging: Staging, file: str, result: ShardResult) -> None:
+    fd = os.open(staging.path / file, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    staging.put_record(file, {"nbytes": result.nbytes, "digests": result.digests})
+
+
+def _taken_up(staging: Staging, shard: ShardPlan, layout: Layout, reader: SpanReader) -> ShardResult | None:
+    """The result of an earlier, interrupted run, if the file still is what its record says.
+
+    Computed tensors are compared by digest, copied spans with their source.
+    """
+    record, path = staging.record(shard.file), staging.path / shard.file
+    if record is None or not path.is_file() or {path.stat().st_size, record["nbytes"]} != {layout.nbytes}:
+        return None
+    with SpanReader({"staged": staging.path}) as staged:
+        for entry in shard.entries:
+            place = TensorRef.of("staged", shard.file, layout.places[entry.key])
+            found = tensor_digest(staged, place)
+            wanted = tensor_digest(reader, entry.source) if entry.copied else record["digests"].get(entry.key)
+            if found != wanted:
+                return None
+    return ShardResult(layout.nbytes, dict(record["digests"]))

@@ -1,0 +1,236 @@
+"""One tensor: read its factors, then merge block after block of its rows.
+
+Three ways lead to the same bytes, because each result is the correctly rounded one: the float32 kernel
+for sums with a 16-bit result, float64 with a bound for the rest, and exact arithmetic for what they
+leave open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from inlay.checkpoints.spans import SpanReader
+from inlay.dtypes import Array, F64Array, decode, decode32, is_finite, round_nearest
+from inlay.plan.cost import by_kernel
+from inlay.plan.types import Entry, Part, Step
+from inlay.tuners import dora, kernel, lora
+from inlay.tuners.bounded import Bounded
+from inlay.tuners.exact import ExactStep, element
+
+Length = tuple[F64Array, F64Array]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A step with what every block of rows needs: `right` (r, cols), and for DoRA its lengths and magnitude."""
+
+    step: Step
+    right: F64Array
+    magnitude: F64Array | None
+    length: Length | None
+
+
+class Merger:
+    """Merges blocks of one entry; safe to use from several threads."""
+
+    def __init__(self, reader: SpanReader, entry: Entry, rows: int) -> None:
+        self.reader = reader
+        self.entry = entry
+        self.rows, self.cols = entry.matrix
+        self._patched = {row: (p.ref, i) for p in entry.patches for i, row in enumerate(p.rows)}
+        self._packed: kernel.Packed | None = None
+        self._loaded: tuple[Loaded, ...] = ()
+        self._kernel = by_kernel(entry)
+        if self._kernel and entry.steps:
+            self._packed = self._pack()
+        elif entry.steps:
+            self._loaded = tuple(self._load(step, rows) for step in entry.steps)
+
+    def block(self, first: int, raw: Array, out: Array) -> bool:
+        """Merge the rows that begin at `first`; `raw` and `out` are (rows, cols) of stored bits.
+
+        True if every result is finite.
+        """
+        if self._packed is not None:
+            return self._by_kernel(first, raw, out, self._packed)
+        if self.entry.steps:
+            out[:] = self._by_float64(first, raw)
+        else:
+            self._convert(first, raw, out)
+        return bool(is_finite(out, self.entry.dtype).all())
+
+    def read(self, first: int, last: int, buffer: Array) -> Array:
+        """Stored bits of source rows `[first, last)`; rows beyond the source are zero until they are patched.
+
+        Where each element stands alone, `first` and `last` count elements.
+        """
+        if self.entry.elementwise:
+            flat = replace(self.entry.source, shape=(self.entry.count, 1))
+            return self.reader.rows(flat, first, last, buffer)
+        there = max(first, min(last, self.entry.source.matrix[0]))
+        block = buffer[: (last - first) * self.cols].reshape(last - first, self.cols)
+        self.reader.rows(self.entry.source, first, there, block[: there - first].reshape(-1))
+        block[there - first :] = 0
+        return block
+
+    def _factor(self, part: Part, first: int, last: int) -> Array:
+        """Rows `[first, last)` of a factor in the orientation of the stored weight, as stored bits."""
+        if part.transposed:
+            return self.reader.columns(part.ref, first, last).T
+        return self.reader.rows(part.ref, first, last)
+
+    def _left64(self, step: Step, first: int, last: int) -> F64Array:
+        if step.left is None:
+            return np.ones((last - first, 1))
+        return np.ascontiguousarray(decode(self._factor(step.left, first, last), step.left.ref.dtype))
+
+    def _right64(self, step: Step) -> F64Array:
+        right = self._factor(step.right, 0, step.right.shape[0])
+        return np.ascontiguousarray(decode(right, step.right.ref.dtype))
+
+    def _pack(self) -> kernel.Packed:
+        steps = self.entry.steps
+        right = np.empty((sum(s.rank for s in steps), self.cols), np.float32)
+        at = 0
+        for step in steps:
+            stored = self._factor(step.right, 0, step.right.shape[0])
+            right[at : at + step.rank] = decode32(stored, step.right.ref.dtype)
+            at += step.rank
+        scale = np.concatenate([np.full(s.rank, s.scaling) for s in steps] or [np.empty(0)])
+        return kernel.Packed.of(right, scale)
+
+    def _left32(self, first: int, last: int) -> npt.NDArray[np.float32]:
+        left = np.ones((last - first, sum(s.rank for s in self.entry.steps)), np.float32)
+        at = 0
+        for step in self.entry.steps:
+            if step.left is not None:
+                stored = self._factor(step.left, first, last)
+                left[:, at : at + step.rank] = decode32(stored, step.left.ref.dtype)
+            at += step.rank
+        return left
+
+    def _load(self, step: Step, rows: int) -> Loaded:
+        right = self._right64(step)
+        magnitude = length = None
+        if step.magnitude is not None:
+            values = decode(self.reader.whole(step.magnitude), step.magnitude.dtype).reshape(-1)
+            magnitude = values[:, None] if step.axis == 1 else values[None, :]
+            if step.axis == 0:
+                length = self._column_lengths(step, right, rows)
+        return Loaded(step, right, magnitude, length)
+
+    def _column_lengths(self, step: Step, right: F64Array, rows: int) -> Length:
+        """Lengths along the stored rows need all of them: one pass over the tensor before the merge."""
+        total, errors = np.zeros(self.cols), np.zeros(self.cols)
+        buffer = np.empty(rows * self.cols, np.dtype(self.entry.source.dtype.raw))
+        for first in range(0, self.rows, rows):
+            last = min(self.rows, first + rows)
+            base = self._base(first, self.read(first, last, buffer))
+            parts = {"left": self._left64(step, first, last), "right": right}
+            block_total, block_errors = dora.squares(base, parts, step.scaling, axis=0)
+            total += block_total
+            errors += block_errors
+        blocks = -(-self.rows // rows)
+        length, relative = dora.norm(total, errors, self.rows)
+        return length[None, :], relative[None, :] + blocks * 2.0**-52
+
+    def _base(self, first: int, raw: Array) -> Bounded:
+        """The weight before any step, token rows in their place."""
+        values = decode(raw, self.entry.source.dtype)
+        for row in range(first, first + len(raw)) if self._patched else ():
+            if row in self._patched:
+                ref, i = self._patched[row]
+                values[row - first] = decode(self.reader.rows(ref, i, i + 1), ref.dtype)
+        return Bounded.exact(values)
+
+    def _by_float64(self, first: int, raw: Array) -> Array:
+        base = weight = self._base(first, raw)
+        last = first + len(raw)
+        lefts = [self._left64(loaded.step, first, last) for loaded in self._loaded]
+        for loaded, left in zip(self._loaded, lefts, strict=True):
+            parts = {"left": left, "right": loaded.right}
+            if loaded.magnitude is None:
+                weight = lora.merge(weight, parts, loaded.step.scaling)
+                continue
+            length = loaded.length
+            magnitude = loaded.magnitude
+            if length is None:
+                total, errors = dora.squares(base, parts, loaded.step.scaling, axis=1)
+                value, relative = dora.norm(total, errors, self.cols)
+                length = value[:, None], relative[:, None]
+                magnitude = magnitude[first:last]
+            weight = dora.merge(weight, {**parts, "magnitude": magnitude}, loaded.step.scaling, length)
+        bits, open_ = weight.rounded(self.entry.dtype)
+        for i, j in np.argwhere(open_):
+            bits[i, j] = self._exactly(first, int(i), int(j), base.value, lefts)
+        return bits
+
+    def _exactly(self, first: int, i: int, j: int, base: F64Array, lefts: Sequence[F64Array]) -> Array:
+        steps = []
+        line, position = base[i], j
+        for loaded, left in zip(self._loaded, lefts, strict=True):
+            step = loaded.step
+            magnitude = None
+            if step.axis == 0 and loaded.magnitude is not None:
+                magnitude = float(loaded.magnitude[0, j])
+            elif loaded.magnitude is not None:
+                magnitude = float(loaded.magnitude[first + i, 0])
+            if any(x.step.axis == 0 and x.magnitude is not None for x in self._loaded):
+                whole = self._left64(step, 0, self.rows)
+                steps.append(ExactStep(loaded.right[:, j], np.ascontiguousarray(whole.T), step.scaling, magnitude))
+                line, position = self._column(j), first + i
+            else:
+                steps.append(ExactStep(left[i], loaded.right, step.scaling, magnitude))
+        value = element(float(base[i, j]), position, line, steps, self.entry.dtype)
+        return round_nearest(np.array([value]), self.entry.dtype)[0]  # type: ignore[no-any-return]
+
+    def _column(self, j: int) -> F64Array:
+        """One column of the weight before any step."""
+        source = self.entry.source
+        column = np.zeros(self.rows)
+        column[: source.matrix[0]] = decode(self.reader.columns(source, j, j + 1), source.dtype)[:, 0]
+        for row, (ref, i) in self._patched.items():
+            column[row] = decode(self.reader.rows(ref, i, i + 1), ref.dtype)[0, j]
+        return column
+
+    def _by_kernel(self, first: int, raw: Array, out: Array, right: kernel.Packed) -> bool:
+        source, dtype = self.entry.source.dtype, self.entry.dtype
+        left = self._left32(first, first + len(raw))
+        result = kernel.merge(raw, source, left, right, out, dtype)
+        for index in result.open.tolist():
+            i, j = divmod(index, self.cols)
+            out[i, j] = self._sum_exactly(float(decode(raw[i, j : j + 1], source)[0]), left[i], j)
+        return result.nonfinite == 0
+
+    def _sum_exactly(self, base: float, left: npt.NDArray[np.float32], j: int) -> Array:
+        steps, at = [], 0
+        for step in self.entry.steps:
+            column = self._right_column(step, j)
+            steps.append(ExactStep(left[at : at + step.rank].astype(np.float64), column, step.scaling))
+            at += step.rank
+        value = element(base, 0, None, steps, self.entry.dtype)
+        return round_nearest(np.array([value]), self.entry.dtype)[0]  # type: ignore[no-any-return]
+
+    def _right_column(self, step: Step, j: int) -> F64Array:
+        ref = step.right.ref
+        if step.right.transposed:
+            return decode(self.reader.rows(ref, j, j + 1), ref.dtype).T
+        return decode(self.reader.columns(ref, j, j + 1), ref.dtype)
+
+    def _convert(self, first: int, raw: Array, out: Array) -> None:
+        """Rows as they are, or in another type; trained token rows in their place."""
+        source, dtype = self.entry.source.dtype, self.entry.dtype
+        if source is dtype:
+            out[:] = raw
+        elif self._kernel:
+            kernel.convert(raw, source, out, dtype)
+        else:
+            out[:] = round_nearest(decode(raw, source), dtype)
+        for row in range(first, first + len(raw)) if self._patched else ():
+            if row in self._patched:
+                ref, i = self._patched[row]
+                out[row - first] = round_nearest(decode(self.reader.rows(ref, i, i + 1), ref.dtype), dtype)[0]

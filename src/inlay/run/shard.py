@@ -1,0 +1,164 @@
+"""One output file: its header, and the tasks that fill it.
+
+A task is a copy of a span, or a band of rows of one tensor: the leaf of that tensor's digest. Tasks touch
+disjoint bytes, so they run on any thread in any order.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from inlay.checkpoints.header import TensorInfo, layout
+from inlay.checkpoints.spans import BASE, SpanReader
+from inlay.digests import hasher, join, name
+from inlay.output.copying import copy_span, write_at
+from inlay.plan.memory import Tiling
+from inlay.plan.types import Entry, ShardPlan
+from inlay.records.fingerprint import leaf_rows
+from inlay.run.merge import Merger
+
+COPY_BYTES = 1 << 26  # one copy task
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A span to move as it is: `nbytes` from `start` of a file under `root`."""
+
+    root: str
+    file: str
+    start: int
+    at: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Header bytes of an output file, and where each tensor goes."""
+
+    header: bytes
+    places: Mapping[str, TensorInfo]
+
+    @property
+    def nbytes(self) -> int:
+        return max((t.end for t in self.places.values()), default=len(self.header))
+
+
+def lay_out_file(shard: ShardPlan, base_header: bytes | None) -> Layout:
+    """Layout of an output file; the header of the base shard is kept to the byte where the plan says so."""
+    header, infos = layout([(e.key, e.dtype, e.shape) for e in shard.entries], shard.metadata)
+    if base_header is not None:
+        shift = len(base_header) - len(header)
+        infos = tuple(TensorInfo(t.key, t.dtype, t.shape, t.start + shift, t.end + shift) for t in infos)
+        header = base_header
+    return Layout(header, {t.key: t for t in infos})
+
+
+def copies(shard: ShardPlan, places: Mapping[str, TensorInfo]) -> Iterator[Copy]:
+    """Spans to copy, neighbours joined, none longer than COPY_BYTES."""
+    joined: Copy | None = None
+    for entry in sorted((e for e in shard.entries if e.copied), key=lambda e: places[e.key].start):
+        source, at = entry.source, places[entry.key].start
+        if (
+            joined is not None
+            and (joined.root, joined.file, joined.start + joined.nbytes) == (source.root, source.file, source.start)
+            and joined.at + joined.nbytes == at
+        ):
+            joined = Copy(joined.root, joined.file, joined.start, joined.at, joined.nbytes + entry.nbytes)
+            continue
+        if joined is not None:
+            yield from _pieces(joined)
+        joined = Copy(source.root, source.file, source.start, at, entry.nbytes)
+    if joined is not None:
+        yield from _pieces(joined)
+
+
+def _pieces(copy: Copy) -> Iterator[Copy]:
+    for done in range(0, copy.nbytes, COPY_BYTES):
+        piece = min(COPY_BYTES, copy.nbytes - done)
+        yield Copy(copy.root, copy.file, copy.start + done, copy.at + done, piece)
+
+
+def run_copy(copy: Copy, reader: SpanReader, target: int, progress: Progress) -> None:
+    copy_span(reader.fileno(copy.root, copy.file), copy.start, target, copy.at, copy.nbytes)
+    progress(copy.nbytes)
+
+
+class Bands:
+    """The bands of one computed tensor, and its digests once all of them are done.
+
+    `source_digest` is that of the base's tensor, taken on the way where its rows have the same size;
+    otherwise None.
+    """
+
+    def __init__(self, entry: Entry, place: TensorInfo, reader: SpanReader, tiling: Tiling) -> None:
+        self.entry = entry
+        self.place = place
+        self.tiling = tiling
+        self.merger = Merger(reader, entry, tiling.rows)
+        rows, cols = entry.matrix
+        self.row_nbytes = entry.dtype.nbytes(cols)
+        self.step = leaf_rows(self.row_nbytes)
+        self.count = -(-rows // self.step)
+        self.finite = True
+        self._follows_source = entry.source.root == BASE and entry.source.dtype.bits == entry.dtype.bits
+        self._leaves: list[str] = [""] * self.count
+        self._source_leaves: list[str] = [""] * self.count
+
+    @property
+    def digest(self) -> str:
+        return join(self._leaves)
+
+    @property
+    def source_digest(self) -> str | None:
+        return join(self._source_leaves) if self._follows_source and not self.entry.grown else None
+
+    def run(self, band: int, target: int, digest_source: bool, progress: Progress) -> None:
+        """Merge one band into the file `target`."""
+        rows, cols = self.entry.matrix
+        first, last, width = band * self.step, min(rows, (band + 1) * self.step), cols
+        if self.entry.elementwise:
+            first, last, width = first * cols, last * cols, 1
+        written, source = hasher(), hasher()
+        itemsize = self.entry.dtype.bits // 8
+        raw_buffer, out_buffer = _buffers(self.tiling.rows * width * max(self.entry.source.dtype.bits // 8, itemsize))
+        for at in range(first, last, self.tiling.rows):
+            end = min(last, at + self.tiling.rows)
+            raw = self.merger.read(at, end, raw_buffer.view(np.dtype(self.entry.source.dtype.raw)))
+            out = out_buffer.view(np.dtype(self.entry.dtype.raw))[: raw.size].reshape(raw.shape)
+            if not self.merger.block(at, raw, out):
+                self.finite = False
+            data = memoryview(out.reshape(-1).view(np.uint8))
+            written.update(data)
+            if digest_source:
+                source.update(memoryview(raw.reshape(-1).view(np.uint8)))
+            write_at(target, data, self.place.start + at * itemsize * width)
+            progress(len(data))
+        self._leaves[band], self._source_leaves[band] = name(written), name(source)
+
+
+_local = threading.local()
+
+
+def _buffers(nbytes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two buffers of this thread, of at least `nbytes`, reused from block to block."""
+    size = -(-nbytes // 8) * 8
+    held = getattr(_local, "buffers", None)
+    if held is None or held[0].nbytes < size or held[0].nbytes > 4 * size:
+        held = (np.empty(size, np.uint8), np.empty(size, np.uint8))
+        _local.buffers = held
+    return held  # type: ignore[no-any-return]
+
+
+def open_target(path: os.PathLike[str], nbytes: int, header: bytes) -> int:
+    """A new file of its final size with its header in place."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    os.ftruncate(fd, nbytes)
+    write_at(fd, header, 0)
+    return fd

@@ -1,0 +1,321 @@
+/* One tile of an additive merge, correctly rounded:  out = round(w + sum_k c_k l_ik r_kj)
+ *
+ * A row block of the weight is visited once. Each element goes through at most two tiers here:
+ *
+ *   1. float32 with an error bound. |computed - exact| <= e, where
+ *          e = n u |c l_i| |r_j| + 4 u |v| + tiny,     u = 2^-24, n = 16 + rank / 16 + 6,
+ *      from the usual bound of a dot product (Higham 2002, section 3.1) and Cauchy-Schwarz for
+ *      sum |c l r| <= |c l_i| |r_j|. When v - e and v + e round to the same stored value, that
+ *      value is the rounding of the exact one, whatever order the sums were taken in.
+ *   2. float64 with the same bound and u = 2^-53, for the few that tier 1 leaves open.
+ *
+ * What is still open is listed for the caller, who decides it with exact arithmetic. So neither
+ * the vector width nor the compiler nor the tile size can change a byte of the result.
+ *
+ * Layout: w, out row-major (rows, cols); l row-major (rows, rank) float32; r packed by pack() into
+ * panels of PANEL columns, [panel][rank][PANEL], so that a panel stays in the first cache while a
+ * row block passes under it.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define PANEL 64
+#define LANES 8
+#define ROWS 4
+#define PIECE 16
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum { BF16 = 0, F16 = 1, F32 = 2 };
+
+typedef union { uint32_t u; float f; } word;
+typedef float vector __attribute__((vector_size(LANES * sizeof(float))));
+
+INLINE float from_bf16(uint16_t h) { word v = {.u = (uint32_t)h << 16}; return v.f; }
+
+INLINE float from_f16(uint16_t h) {
+  const word magic = {.u = 113u << 23};
+  word v = {.u = (uint32_t)(h & 0x7fff) << 13};
+  uint32_t exponent = v.u & (0x7c00u << 13);
+  word subnormal = {.u = v.u + ((127u - 15u + 1u) << 23)};
+  subnormal.f -= magic.f;
+  v.u += (127u - 15u) << 23;
+  v.u = exponent == (0x7c00u << 13) ? v.u + ((128u - 16u) << 23) : v.u;
+  v.u = exponent == 0 ? subnormal.u : v.u;
+  v.u |= (uint32_t)(h & 0x8000) << 16;
+  return v.f;
+}
+
+/* Nearest, ties to even. NaN stays NaN. */
+INLINE uint16_t to_bf16(float f) {
+  word v = {.f = f};
+  uint32_t rounded = (v.u + 0x7fffu + ((v.u >> 16) & 1u)) >> 16;
+  return (uint16_t)((v.u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u | (v.u >> 16) : rounded);
+}
+
+INLINE uint16_t to_f16(float f) {
+  const word denormal = {.u = ((127u - 15u) + (23u - 10u) + 1u) << 23};
+  word v = {.f = f};
+  uint32_t sign = v.u & 0x80000000u;
+  v.u ^= sign;
+  word small = v;
+  small.f += denormal.f;
+  uint32_t subnormal = small.u - denormal.u;
+  uint32_t normal = (v.u + ((uint32_t)(15 - 127) << 23) + 0xfffu + ((v.u >> 13) & 1u)) >> 13;
+  uint32_t special = v.u > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  uint32_t h = v.u < (113u << 23) ? subnormal : normal;
+  h = v.u >= (143u << 23) ? special : h;
+  return (uint16_t)(h | (sign >> 16));
+}
+
+INLINE float load(const void *w, int kind, Py_ssize_t i) {
+  return kind == BF16  ? from_bf16(((const uint16_t *)w)[i])
+         : kind == F16 ? from_f16(((const uint16_t *)w)[i])
+                       : ((const float *)w)[i];
+}
+
+INLINE uint16_t round_to(float f, int kind) { return kind == BF16 ? to_bf16(f) : to_f16(f); }
+
+/* From double without rounding twice: to float by rounding to odd, then once to the target. */
+static uint16_t round_double(double x, int kind) {
+  word v = {.f = (float)x};
+  double error = x - (double)v.f;
+  if (error != 0 && isfinite(v.f) && !(v.u & 1u))
+    v.u += ((error > 0) == !(v.u >> 31)) ? 1 : -1;
+  return round_to(v.f, kind);
+}
+
+typedef struct {
+  const void *w;
+  uint16_t *out;
+  int w_kind, out_kind;
+  Py_ssize_t rows, cols, rank;
+  const float *l, *packed, *column_norm;
+  const double *scale; /* one per rank component: each adapter's own */
+  float *scaled;       /* (rows rounded up to ROWS, rank): c_k l_ik in float32 */
+  float *row_bound;    /* (rows,) */
+  double *row_norm;    /* (rows,): |c l_i|, rounded up */
+  int64_t *open_list;
+  Py_ssize_t open_capacity, open_count, nonfinite;
+} tile;
+
+static void decide_in_double(tile *t, Py_ssize_t i, Py_ssize_t j) {
+  const float *panel = t->packed + (j / PANEL) * t->rank * PANEL + j % PANEL;
+  const float *l = t->l + i * t->rank;
+  double sum[4] = {0};
+  for (Py_ssize_t k = 0; k < t->rank; k++) /* four chains hide the latency of an addition */
+    sum[k & 3] += t->scale[k] * l[k] * (double)panel[k * PANEL];
+  double v = load(t->w, t->w_kind, i * t->cols + j) + ((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  double e = 1.01 * (t->rank + 5) * 0x1p-53 * t->row_norm[i] * t->column_norm[j] + 0x1p-51 * fabs(v) + 0x1p-1060;
+  uint16_t low = round_double(v - e, t->out_kind), high = round_double(v + e, t->out_kind);
+  t->out[i * t->cols + j] = low;
+  if (!isfinite(v)) t->out[i * t->cols + j] = 0x7fff;
+  else if (low != high) {
+    if (t->open_count < t->open_capacity) t->open_list[t->open_count] = i * t->cols + j;
+    t->open_count++;
+  }
+}
+
+/* sum += scaled (ROWS, depth) times a piece of a panel, in registers: the accumulators are written
+ * out, because compilers keep an array of them in memory. */
+INLINE void multiply_piece(const float *a, const float *panel, Py_ssize_t rank, Py_ssize_t depth,
+                           float sum[ROWS][PANEL]) {
+  const float *b = a + rank, *c = b + rank, *d = c + rank;
+  for (int s = 0; s < PANEL; s += 2 * LANES) {
+    vector a0 = {0}, a1 = {0}, b0 = {0}, b1 = {0}, c0 = {0}, c1 = {0}, d0 = {0}, d1 = {0};
+    const float *r = panel + s;
+    for (Py_ssize_t k = 0; k < depth; k++, r += PANEL) {
+      vector x, y;
+      memcpy(&x, r, sizeof x);
+      memcpy(&y, r + LANES, sizeof y);
+      a0 += a[k] * x, a1 += a[k] * y;
+      b0 += b[k] * x, b1 += b[k] * y;
+      c0 += c[k] * x, c1 += c[k] * y;
+      d0 += d[k] * x, d1 += d[k] * y;
+    }
+    const vector all[ROWS][2] = {{a0, a1}, {b0, b1}, {c0, c1}, {d0, d1}};
+    for (int i = 0; i < ROWS; i++)
+      for (int h = 0; h < 2; h++) {
+        vector so_far;
+        memcpy(&so_far, &sum[i][s + h * LANES], sizeof so_far);
+        so_far += all[i][h];
+        memcpy(&sum[i][s + h * LANES], &so_far, sizeof so_far);
+      }
+  }
+}
+
+/* Pieces of PIECE components keep the error bound short: each sum has at most
+ * PIECE + rank / PIECE + 1 additions in a row. */
+INLINE void multiply(const float *scaled, const float *panel, Py_ssize_t rank, float sum[ROWS][PANEL]) {
+  memset(sum, 0, ROWS * PANEL * sizeof(float));
+  for (Py_ssize_t k = 0; k < rank; k += PIECE)
+    multiply_piece(scaled + k, panel + k * PANEL, rank, rank - k < PIECE ? rank - k : PIECE, sum);
+}
+
+/* One row of a panel: round v - e and v + e; a column where they differ stays open. */
+INLINE uint32_t round_row(const float *w, const float *sum, const float *norm, float bound, int out_kind,
+                          uint16_t *low, uint16_t *high) {
+  uint32_t open = 0;
+  for (int j = 0; j < PANEL; j++) {
+    float v = w[j] + sum[j];
+    float e = bound * norm[j] + 0x1p-22f * fabsf(v) + 0x1p-140f;
+    uint16_t a = round_to(v - e, out_kind), b = round_to(v + e, out_kind);
+    low[j] = a, high[j] = b;
+    open |= (uint32_t)(a ^ b);
+  }
+  return open;
+}
+
+INLINE void load_row(const tile *t, Py_ssize_t at, Py_ssize_t width, int kind, float *w) {
+  const size_t nbytes = kind == F32 ? 4 : 2;
+  uint32_t raw[PANEL] = {0};
+  const char *source = (const char *)t->w + at * nbytes;
+  if (width == PANEL) memcpy(raw, source, PANEL * nbytes);
+  else memcpy(raw, source, width * nbytes);
+  for (int j = 0; j < PANEL; j++) w[j] = load(raw, kind, j);
+}
+
+INLINE void merge_row(tile *t, Py_ssize_t i, Py_ssize_t j0, Py_ssize_t width, const float *sum, int w_kind,
+                      int out_kind) {
+  const Py_ssize_t at = i * t->cols + j0;
+  float w[PANEL];
+  uint16_t low[PANEL], high[PANEL];
+  load_row(t, at, width, w_kind, w);
+  if (t->row_norm[i] == 0) { /* a zero factor keeps the weights, the sign of zero too */
+    for (int j = 0; j < PANEL; j++) low[j] = round_to(w[j], out_kind);
+    memcpy(t->out + at, low, width * sizeof *low);
+    return;
+  }
+  uint32_t open = round_row(w, sum, t->column_norm + j0, t->row_bound[i], out_kind, low, high);
+  if (width == PANEL) memcpy(t->out + at, low, sizeof low);
+  else memcpy(t->out + at, low, width * sizeof *low);
+  if (open)
+    for (Py_ssize_t j = 0; j < width; j++)
+      if (low[j] != high[j]) decide_in_double(t, i, j0 + j);
+}
+
+INLINE void merge_kinds(tile *t, int w_kind, int out_kind) {
+  const Py_ssize_t rank = t->rank, span = (rank <= 16 ? 4 : rank <= 32 ? 2 : 1) * PANEL;
+  float sum[ROWS][PANEL];
+  for (Py_ssize_t first = 0; first < t->cols; first += span) {
+    const Py_ssize_t last = first + span < t->cols ? first + span : t->cols;
+    for (Py_ssize_t i0 = 0; i0 < t->rows; i0 += ROWS) {
+      const Py_ssize_t n = t->rows - i0 < ROWS ? t->rows - i0 : ROWS;
+      for (Py_ssize_t j0 = first; j0 < last; j0 += PANEL) {
+        const Py_ssize_t width = last - j0 < PANEL ? last - j0 : PANEL;
+        multiply(t->scaled + i0 * rank, t->packed + j0 * rank, rank, sum);
+        for (Py_ssize_t i = 0; i < n; i++) merge_row(t, i0 + i, j0, width, sum[i], w_kind, out_kind);
+      }
+    }
+  }
+}
+
+/* c_k l_ik in float32, the length of each row and its share of the error bound. */
+static void scale_rows(tile *t) {
+  const Py_ssize_t rank = t->rank;
+  const double additions = (rank < PIECE ? rank : PIECE) + rank / PIECE + 6;
+  for (Py_ssize_t i = 0; i < t->rows; i++) {
+    double squares = 0;
+    for (Py_ssize_t k = 0; k < rank; k++) {
+      double c = t->scale[k] * (double)t->l[i * rank + k];
+      t->scaled[i * rank + k] = (float)c;
+      squares += c * c;
+    }
+    t->row_norm[i] = 1.0001 * sqrt(squares);
+    t->row_bound[i] = (float)(1.01 * additions * 0x1p-24 * t->row_norm[i]);
+  }
+}
+
+CLONES static void merge_tile(tile *t) {
+  switch (t->w_kind * 2 + t->out_kind) {
+    case 0: merge_kinds(t, BF16, BF16); break;
+    case 1: merge_kinds(t, BF16, F16); break;
+    case 2: merge_kinds(t, F16, BF16); break;
+    case 3: merge_kinds(t, F16, F16); break;
+    case 4: merge_kinds(t, F32, BF16); break;
+    case 5: merge_kinds(t, F32, F16); break;
+  }
+  const uint16_t infinity = t->out_kind == BF16 ? 0x7f80 : 0x7c00;
+  Py_ssize_t bad = 0;
+  for (Py_ssize_t i = 0; i < t->rows * t->cols; i++) bad += (t->out[i] & 0x7fff) >= infinity;
+  t->nonfinite = bad;
+}
+
+CLONES static void pack_panels(const float *r, Py_ssize_t rank, Py_ssize_t cols, float *packed, float *norm) {
+  for (Py_ssize_t j0 = 0; j0 < cols; j0 += PANEL) {
+    float *panel = packed + (j0 / PANEL) * rank * PANEL;
+    const Py_ssize_t width = cols - j0 < PANEL ? cols - j0 : PANEL;
+    double squares[PANEL] = {0};
+    for (Py_ssize_t k = 0; k < rank; k++)
+      for (Py_ssize_t j = 0; j < PANEL; j++) {
+        float x = j < width ? r[k * cols + j0 + j] : 0;
+        panel[k * PANEL + j] = x;
+        squares[j] += (double)x * x;
+      }
+    for (Py_ssize_t j = 0; j < PANEL; j++) norm[j0 + j] = (float)(1.0001 * sqrt(squares[j]) + 0x1p-120);
+  }
+}
+
+#define POINTER(x) ((void *)(uintptr_t)(x))
+
+static PyObject *py_pack(PyObject *self, PyObject *args) {
+  unsigned long long r, packed, norm;
+  Py_ssize_t rank, cols;
+  if (!PyArg_ParseTuple(args, "KnnKK", &r, &rank, &cols, &packed, &norm)) return NULL;
+  Py_BEGIN_ALLOW_THREADS
+  pack_panels(POINTER(r), rank, cols, POINTER(packed), POINTER(norm));
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
+static PyObject *py_merge(PyObject *self, PyObject *args) {
+  unsigned long long w, out, l, scale, packed, norm, open_list;
+  tile t = {0};
+  if (!PyArg_ParseTuple(args, "KiKinnnKKKKKn", &w, &t.w_kind, &out, &t.out_kind, &t.rows, &t.cols, &t.rank, &l,
+                        &scale, &packed, &norm, &open_list, &t.open_capacity))
+    return NULL;
+  if (t.w_kind < 0 || t.w_kind > 2 || t.out_kind < 0 || t.out_kind > 1) {
+    PyErr_SetString(PyExc_ValueError, "kinds: 0 bfloat16, 1 float16, 2 float32 (input only)");
+    return NULL;
+  }
+  t.w = POINTER(w), t.out = POINTER(out), t.l = POINTER(l), t.scale = POINTER(scale);
+  t.packed = POINTER(packed), t.column_norm = POINTER(norm), t.open_list = POINTER(open_list);
+  const size_t padded = (size_t)(t.rows + ROWS - 1) / ROWS * ROWS;
+  t.scaled = calloc(padded * (t.rank ? t.rank : 1), sizeof *t.scaled);
+  t.row_bound = malloc(padded * sizeof *t.row_bound);
+  t.row_norm = malloc(padded * sizeof *t.row_norm);
+  const int allocated = t.scaled && t.row_bound && t.row_norm;
+  if (allocated) {
+    Py_BEGIN_ALLOW_THREADS
+    scale_rows(&t);
+    merge_tile(&t);
+    Py_END_ALLOW_THREADS
+  }
+  free(t.scaled), free(t.row_bound), free(t.row_norm);
+  if (!allocated) return PyErr_NoMemory();
+  return Py_BuildValue("nn", t.open_count, t.nonfinite);
+}
+
+static PyMethodDef methods[] = {
+    {"pack", py_pack, METH_VARARGS, "pack(r, rank, cols, packed, column_norm): addresses of float32 arrays."},
+    {"merge", py_merge, METH_VARARGS,
+     "merge(w, w_kind, out, out_kind, rows, cols, rank, l, scale, packed, column_norm, open_list, capacity)"
+     " -> (open, nonfinite)."},
+    {NULL, NULL, 0, NULL}};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernel", NULL, 0, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__kernel(void) {
+  PyObject *m = PyModule_Create(&module);
+  if (m && PyModule_AddIntConstant(m, "PANEL", PANEL) < 0) return NULL;
+  return m;
+}
