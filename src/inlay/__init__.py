@@ -9,7 +9,7 @@ A merge is a plan, executed as a stream, and checked.
 Layers, imports go down only:
 
     cli                      parse, one library call, print
-    run  verify              do the plan; check it, without trusting run
+    run  verification        do the plan; check it, without trusting run
     plan                     decide: pure data, all problems at once
     keys                     module names ↔ checkpoint keys
     output                   crash-safe writing
@@ -43,14 +43,14 @@ if TYPE_CHECKING:
     from inlay.plan.types import Plan, dumps, loads
     from inlay.run.execute import RunResult, run_plan
     from inlay.run.tensors import merged_tensors
-    from inlay.verify.verify import Report, verify
+    from inlay.verification.verify import Report, verify
 
 _WHERE = {
     "Adapter": "adapters.adapter",
     "Checkpoint": "checkpoints.checkpoint",
     "InlayError": "errors",
     "Plan": "plan.types",
-    "Report": "verify.verify",
+    "Report": "verification.verify",
     "RunResult": "run.execute",
     "dumps": "plan.types",
     "loads": "plan.types",
@@ -59,7 +59,7 @@ _WHERE = {
     "open_checkpoint": "checkpoints.checkpoint",
     "read_adapter": "adapters.adapter",
     "run_plan": "run.execute",
-    "verify": "verify.verify",
+    "verify": "verification.verify",
 }
 __all__ = [*_WHERE, "__version__"]
 

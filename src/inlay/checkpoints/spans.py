@@ -109,4 +109,3 @@ class SpanReader:
     def whole(self, ref: TensorRef) -> Array:
         """Stored bits of the tensor in its own shape."""
         return self.rows(ref, 0, ref.matrix[0]).reshape(ref.shape)
-

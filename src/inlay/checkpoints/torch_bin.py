@@ -114,9 +114,7 @@ def read_torch_bin(path: Path) -> tuple[TensorInfo, ...]:
         try:
             start = file.read(max(4, len(LFS_POINTER)))
             if start == LFS_POINTER:
-                raise CheckpointError(
-                    f"{path} is a Git-LFS pointer, not the file itself: fetch it with `git lfs pull`"
-                )
+                raise CheckpointError(f"{path} is a Git-LFS pointer, not the file itself: fetch it with `git lfs pull`")
             file.seek(0)
             state, places = _read_zip(file, path) if start[:4] == b"PK\x03\x04" else _read_legacy(file)
         except CheckpointError:

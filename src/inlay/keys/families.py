@@ -14,7 +14,9 @@ CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transfo
 CONV1D_MODULES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 
 # Last words of the modules that hold the input embedding, and the keys of the head tied to it.
-EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "tokens_embed", "shared"})
+EMBEDDINGS = frozenset(
+    {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "tokens_embed", "shared"}
+)
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "language_model.lm_head.weight")
 MASKED_HEADS = {
     "bert": "cls.predictions.decoder.weight",
@@ -22,6 +24,7 @@ MASKED_HEADS = {
     "xlm-roberta": "lm_head.decoder.weight",
     "distilbert": "vocab_projector.weight",
 }
+
 
 def stored_transposed(model_type: str | None, module: str) -> bool | None:
     """Whether the family stores this module's weight as (in, out); None where the family is not declared."""

@@ -178,7 +178,9 @@ class _Planner:
         modules = found.adapter.parts
         for name in listed if isinstance(listed, list) else []:
             if isinstance(name, str) and not any(m == name or m.endswith("." + name) for m in modules):
-                self.warnings.append(f"{found.adapter.name}: target_modules lists {name!r}, the file has nothing for it")
+                self.warnings.append(
+                    f"{found.adapter.name}: target_modules lists {name!r}, the file has nothing for it"
+                )
 
     def _drafts(self, contributions: Sequence[Contribution]) -> tuple[dict[str, Draft], Untied | None]:
         roots = {adapter_root(i): a.path for i, a in enumerate(self.adapters)}
@@ -225,12 +227,12 @@ class _Planner:
                 Problem(key, f"has {shape[0]} rows; token {max(tokens)} is beyond them, and nothing gives row {gap[0]}")
             )
         if rows != shape[0] and draft.steps:
-            self.problems.append(Problem(key, "has rows added by one adapter and a LoRA by another; merge them in turn"))
+            self.problems.append(
+                Problem(key, "has rows added by one adapter and a LoRA by another; merge them in turn")
+            )
         return (rows, *shape[1:])
 
-    def _add_new(
-        self, key: str, draft: Draft, by_shard: list[tuple[str, list[Entry]]], untied: Untied | None
-    ) -> None:
+    def _add_new(self, key: str, draft: Draft, by_shard: list[tuple[str, list[Entry]]], untied: Untied | None) -> None:
         """A tensor that the base does not have goes beside the embedding it was tied to, or to the last shard."""
         if untied is not None and key == untied.head:
             shard, info = self.base.tensors[untied.embedding]
@@ -240,7 +242,9 @@ class _Planner:
             return
         assert draft.source is not None, f"new tensor {key} without a source"
         dtype = self._out_dtype(self._usual_dtype())
-        by_shard[-1][1].append(Entry(key, dtype, draft.source.shape, draft.source, tuple(draft.patches), tuple(draft.steps)))
+        by_shard[-1][1].append(
+            Entry(key, dtype, draft.source.shape, draft.source, tuple(draft.patches), tuple(draft.steps))
+        )
         self.notes.append(f"{key} is new: the base has no such tensor")
 
     def _sidecars(
@@ -279,7 +283,9 @@ class _Planner:
 
     def _new_head(self, entries: Mapping[str, Entry]) -> tuple[str, int] | None:
         tasks = [a.config.task_type for a in self.adapters if a.config.task_type in sidecars.HEAD_CLASSES]
-        heads = [e for k, e in entries.items() if k not in self.base.tensors and len(e.shape) == 2 and e.source.root != BASE]
+        heads = [
+            e for k, e in entries.items() if k not in self.base.tensors and len(e.shape) == 2 and e.source.root != BASE
+        ]
         return (tasks[-1], min(e.shape[0] for e in heads)) if tasks and heads else None
 
     def _check_base(self) -> None:

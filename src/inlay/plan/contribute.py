@@ -60,7 +60,9 @@ def _check_weight(found: Contribution) -> None:
     if found.weight == 1.0:
         return
     dora = any(step.tuner == "dora" for steps in found.steps.values() for step in steps)
-    kinds = [name for name, there in (("DoRA", dora), ("full copies", found.copies), ("token rows", found.rows)) if there]
+    kinds = [
+        name for name, there in (("DoRA", dora), ("full copies", found.copies), ("token rows", found.rows)) if there
+    ]
     if kinds:
         found.problems.append(
             Problem(found.adapter.name, f"weight {found.weight:g} has no meaning for {' and '.join(kinds)}; use 1.0")

@@ -36,7 +36,10 @@ def estimate(shards: Sequence[ShardPlan], max_memory: int, problems: list[Proble
             peaks.append(memory.peak(entry, by_kernel(entry), threads(), max_memory))
         except ValueError as error:
             problems.append(
-                Problem(entry.key, f"one row and its factors take {error.args[0]:,} bytes, --max_memory allows {max_memory:,}")
+                Problem(
+                    entry.key,
+                    f"one row and its factors take {error.args[0]:,} bytes, --max_memory allows {max_memory:,}",
+                )
             )
     floats = [e for e in entries if e.dtype.kind in ("float", "code")]
     return Cost(

@@ -11,7 +11,9 @@ from inlay.plan.types import Entry, ShardPlan
 TORCH_METADATA = {"format": "pt"}
 
 
-def lay_out(base: Checkpoint, by_shard: Sequence[tuple[str, Sequence[Entry]]], max_shard_bytes: int | None) -> tuple[ShardPlan, ...]:
+def lay_out(
+    base: Checkpoint, by_shard: Sequence[tuple[str, Sequence[Entry]]], max_shard_bytes: int | None
+) -> tuple[ShardPlan, ...]:
     """Output shards. `by_shard` holds the entries of each base shard, new ones at its end."""
     if max_shard_bytes is not None:
         return _split([entry for _, entries in by_shard for entry in entries], max_shard_bytes)

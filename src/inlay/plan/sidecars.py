@@ -91,7 +91,9 @@ def _overlay_tokenizer(
         embedded = "tokenizer_config.json" in changed and _has_template(adapter.path / "tokenizer_config.json")
         if embedded and CHAT_TEMPLATE not in brought and CHAT_TEMPLATE in found:
             del found[CHAT_TEMPLATE]
-            left_out[CHAT_TEMPLATE] = f"{adapter.name} has its chat template in tokenizer_config.json, which this would hide"
+            left_out[CHAT_TEMPLATE] = (
+                f"{adapter.name} has its chat template in tokenizer_config.json, which this would hide"
+            )
 
 
 def _same_file(a: Path, b: Path) -> bool:

@@ -50,7 +50,9 @@ def settle_ties(
     if head is None:
         if families.has_head(base.config):
             problems.append(
-                Problem(embedding, "is tied to an output head whose name is not known for this class; untie the base first")
+                Problem(
+                    embedding, "is tied to an output head whose name is not known for this class; untie the base first"
+                )
             )
         return None
     return _settle(embedding, head, head in keys, contributions, drafts, notes)

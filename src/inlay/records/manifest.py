@@ -6,7 +6,8 @@
      "settings": {"dtype", "combine", "max_shard_bytes"},
      "tensors":  {key: digest of each tensor that differs from the base},
      "files":    {file: {"nbytes", "digest"?}},
-     "untied", "notes", "warnings"}
+     "order_matters", "notes", "warnings",
+     "digest": of all of the above}
 
 It is written last, so that a directory with a manifest is whole. It names no path and no time: the same
 plan on the same inputs writes the same bytes.
@@ -14,10 +15,13 @@ plan on the same inputs writes the same bytes.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from inlay.checkpoints.json_files import read_json_object
+from inlay.digests import digest_json
 from inlay.errors import CheckpointError
 
 FORMAT = 1
@@ -33,3 +37,16 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     if found.get("format") != FORMAT:
         raise CheckpointError(f"{path}: manifest format {found.get('format')!r}, this version reads {FORMAT}")
     return found
+
+
+def seal(content: Mapping[str, Any]) -> str:
+    """Text of a manifest with its own digest: one spelling, so that any change of a byte shows."""
+    sealed = {**content, "digest": digest_json(content)}
+    return json.dumps(sealed, indent=1, ensure_ascii=False) + "\n"
+
+
+def is_sealed(directory: Path) -> bool:
+    """Whether the manifest of `directory` is byte for byte what `seal` wrote."""
+    content = read_manifest(directory) or {}
+    content.pop("digest", None)
+    return (directory / MANIFEST).read_text("utf-8") == seal(content)

@@ -17,6 +17,7 @@ from inlay.plan.types import Plan
 from inlay.run.local import LocalExecutor
 from inlay.run.publish import write_manifest, write_sidecars
 from inlay.run.shard import Progress
+from inlay.tuners.device import find_device
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ def run_plan(
     exist_ok: bool = False,
     max_memory: int | str = DEFAULT_MAX_MEMORY,
     workers: int | None = None,
+    device: str = "cpu",
     progress: Progress = lambda nbytes: None,
     check: Callable[[Path], None] | None = None,
 ) -> RunResult:
     """Carry out `plan` and publish the result as `output_dir`.
 
-    The same plan gives the same bytes for any `workers`, `max_memory` and number of interruptions.
+    The same plan gives the same bytes for any `workers`, `max_memory`, `device` (cpu, auto,
+    cuda:N) and number of interruptions.
     `progress` is called with bytes as they are done, from any thread. `check` sees the finished folder
     before it is published; what it raises stops the publication.
 
@@ -56,7 +59,7 @@ def run_plan(
     inputs = {"files": [dataclasses.asdict(f) for f in plan.inputs.files]}
     with Staging(destination, plan.digest, inputs) as staging:
         try:
-            executor = LocalExecutor(plan, parse_size(max_memory), workers)
+            executor = LocalExecutor(plan, parse_size(max_memory), workers, find_device(device))
             results = executor.run(staging, progress)
             digests = write_sidecars(plan, staging.path)
             write_manifest(plan, staging.path, results, digests)

@@ -21,6 +21,7 @@ from inlay.plan.cost import by_kernel, threads
 from inlay.plan.memory import fit
 from inlay.plan.types import Entry, Plan, ShardPlan
 from inlay.records.fingerprint import tensor_digest
+from inlay.run.merge import Device
 from inlay.run.shard import Bands, Layout, Progress, copies, lay_out_file, open_target, run_copy
 
 QUEUED_PER_THREAD = 2
@@ -37,10 +38,11 @@ class ShardResult:
 class LocalExecutor:
     """Runs the shards of a plan into a staging folder."""
 
-    def __init__(self, plan: Plan, max_memory: int, workers: int | None = None) -> None:
+    def __init__(self, plan: Plan, max_memory: int, workers: int | None = None, device: Device = None) -> None:
         self.plan = plan
         self.max_memory = max_memory
         self.workers = workers or threads()
+        self.device = device
         self._expected: Mapping[str, tuple[str, str]] = {
             e.key: (e.digest, plan.adapters[e.adapter].name) for e in plan.expectations
         }
@@ -76,7 +78,13 @@ class LocalExecutor:
         return read_header(self.plan.roots[BASE] / shard.like).raw
 
     def _run_shard(
-        self, shard: ShardPlan, layout: Layout, path: Path, reader: SpanReader, pool: ThreadPoolExecutor, progress: Progress
+        self,
+        shard: ShardPlan,
+        layout: Layout,
+        path: Path,
+        reader: SpanReader,
+        pool: ThreadPoolExecutor,
+        progress: Progress,
     ) -> ShardResult:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
@@ -89,7 +97,9 @@ class LocalExecutor:
                 for copy in copies(shard, layout.places):
                     queue.submit(run_copy, copy, reader, target, progress)
             merged = [
-                self._merge(entry, layout, reader, queue, target, progress) for entry in shard.entries if not entry.copied
+                self._merge(entry, layout, reader, queue, target, progress)
+                for entry in shard.entries
+                if not entry.copied
             ]
             queue.drain()
         finally:
@@ -104,9 +114,9 @@ class LocalExecutor:
     def _merge(
         self, entry: Entry, layout: Layout, reader: SpanReader, queue: _Queue, target: int, progress: Progress
     ) -> Bands:
-        tiling, at_once = fit(entry, by_kernel(entry), self.workers, self.max_memory)
+        tiling, at_once = fit(entry, by_kernel(entry) and self.device is None, self.workers, self.max_memory)
         queue.limit_tensors(1)
-        bands = Bands(entry, layout.places[entry.key], reader, tiling)
+        bands = Bands(entry, layout.places[entry.key], reader, tiling, self.device)
         digest_source = entry.key in self._expected
         queue.limit = at_once if at_once < self.workers else self.workers * QUEUED_PER_THREAD
         for band in range(bands.count):

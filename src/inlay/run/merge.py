@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +18,11 @@ from inlay.checkpoints.spans import SpanReader
 from inlay.dtypes import Array, F64Array, decode, decode32, is_finite, round_nearest
 from inlay.plan.cost import by_kernel
 from inlay.plan.types import Entry, Part, Step
-from inlay.tuners import dora, kernel, lora
+from inlay.tuners import device, dora, kernel, lora
 from inlay.tuners.bounded import Bounded
 from inlay.tuners.exact import ExactStep, element
 
+Device = Any  # torch.device, or None for this processor
 Length = tuple[F64Array, F64Array]
 
 
@@ -37,14 +39,16 @@ class Loaded:
 class Merger:
     """Merges blocks of one entry; safe to use from several threads."""
 
-    def __init__(self, reader: SpanReader, entry: Entry, rows: int) -> None:
+    def __init__(self, reader: SpanReader, entry: Entry, rows: int, on: Device = None) -> None:
         self.reader = reader
         self.entry = entry
+        additive = all(step.magnitude is None for step in entry.steps)
+        self._device = on if additive and entry.steps and not entry.patches else None
         self.rows, self.cols = entry.matrix
         self._patched = {row: (p.ref, i) for p in entry.patches for i, row in enumerate(p.rows)}
         self._packed: kernel.Packed | None = None
         self._loaded: tuple[Loaded, ...] = ()
-        self._kernel = by_kernel(entry)
+        self._kernel = by_kernel(entry) and self._device is None
         if self._kernel and entry.steps:
             self._packed = self._pack()
         elif entry.steps:
@@ -57,7 +61,9 @@ class Merger:
         """
         if self._packed is not None:
             return self._by_kernel(first, raw, out, self._packed)
-        if self.entry.steps:
+        if self._device is not None:
+            out[:] = self._on_device(first, raw)
+        elif self.entry.steps:
             out[:] = self._by_float64(first, raw)
         else:
             self._convert(first, raw, out)
@@ -165,8 +171,21 @@ class Merger:
                 magnitude = magnitude[first:last]
             weight = dora.merge(weight, {**parts, "magnitude": magnitude}, loaded.step.scaling, length)
         bits, open_ = weight.rounded(self.entry.dtype)
+        return self._settled(first, bits, open_, base.value, lefts)
+
+    def _on_device(self, first: int, raw: Array) -> Array:
+        lefts = [self._left64(loaded.step, first, first + len(raw)) for loaded in self._loaded]
+        pairs = [(left, x.right, x.step.scaling) for left, x in zip(lefts, self._loaded, strict=True)]
+        source = self.entry.source.dtype
+        bits, open_ = device.merge(raw, source, pairs, self.entry.dtype, self._device)
+        return self._settled(first, bits, open_, decode(raw, source), lefts)
+
+    def _settled(
+        self, first: int, bits: Array, open_: npt.NDArray[np.bool_], base: F64Array, lefts: Sequence[F64Array]
+    ) -> Array:
+        """`bits` with the open elements decided exactly."""
         for i, j in np.argwhere(open_):
-            bits[i, j] = self._exactly(first, int(i), int(j), base.value, lefts)
+            bits[i, j] = self._exactly(first, int(i), int(j), base, lefts)
         return bits
 
     def _exactly(self, first: int, i: int, j: int, base: F64Array, lefts: Sequence[F64Array]) -> Array:

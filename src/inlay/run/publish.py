@@ -16,7 +16,7 @@ from inlay.output.staging import write_durably
 from inlay.plan.layout import index_file
 from inlay.plan.sidecars import CARD
 from inlay.plan.types import Plan, Sidecar
-from inlay.records.manifest import FORMAT, MANIFEST, read_manifest
+from inlay.records.manifest import FORMAT, MANIFEST, read_manifest, seal
 from inlay.run.card import model_card
 from inlay.run.local import ShardResult
 
@@ -51,12 +51,9 @@ def _write_sidecar(plan: Plan, sidecar: Sidecar, target: Path) -> None:
     target.chmod(source.stat().st_mode & 0o777 | 0o200)
 
 
-def write_manifest(
-    plan: Plan, folder: Path, shards: Mapping[str, ShardResult], sidecars: Mapping[str, str]
-) -> None:
+def write_manifest(plan: Plan, folder: Path, shards: Mapping[str, ShardResult], sidecars: Mapping[str, str]) -> None:
     """Write the manifest: the last file of a whole result."""
-    text = json.dumps(make_manifest(plan, shards, sidecars, folder), indent=1, ensure_ascii=False) + "\n"
-    write_durably(folder / MANIFEST, text.encode())
+    write_durably(folder / MANIFEST, seal(make_manifest(plan, shards, sidecars, folder)).encode())
 
 
 def make_manifest(

@@ -20,7 +20,7 @@ from inlay.output.copying import copy_span, write_at
 from inlay.plan.memory import Tiling
 from inlay.plan.types import Entry, ShardPlan
 from inlay.records.fingerprint import leaf_rows
-from inlay.run.merge import Merger
+from inlay.run.merge import Device, Merger
 
 COPY_BYTES = 1 << 26  # one copy task
 
@@ -97,11 +97,13 @@ class Bands:
     otherwise None.
     """
 
-    def __init__(self, entry: Entry, place: TensorInfo, reader: SpanReader, tiling: Tiling) -> None:
+    def __init__(
+        self, entry: Entry, place: TensorInfo, reader: SpanReader, tiling: Tiling, device: Device = None
+    ) -> None:
         self.entry = entry
         self.place = place
         self.tiling = tiling
-        self.merger = Merger(reader, entry, tiling.rows)
+        self.merger = Merger(reader, entry, tiling.rows, device)
         rows, cols = entry.matrix
         self.row_nbytes = entry.dtype.nbytes(cols)
         self.step = leaf_rows(self.row_nbytes)

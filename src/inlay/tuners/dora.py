@@ -40,9 +40,7 @@ def norm(total: F64Array, errors: F64Array, count: int) -> tuple[F64Array, F64Ar
     return length, SLACK * (relative + 4 * U + count * float(np.finfo(_WIDE).eps))
 
 
-def merge(
-    weight: Bounded, parts: Mapping[str, F64Array], scaling: float, length: tuple[F64Array, F64Array]
-) -> Bounded:
+def merge(weight: Bounded, parts: Mapping[str, F64Array], scaling: float, length: tuple[F64Array, F64Array]) -> Bounded:
     """Merged rows. `length` and `parts["magnitude"]` broadcast against them: (rows, 1) or (1, cols).
 
     An output of length zero has no direction to scale: its result is NaN, which the caller reports.

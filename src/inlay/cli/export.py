@@ -1,0 +1,84 @@
+"""`inlay export`: merge, verify, publish."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from inlay.cli import options
+from inlay.cli.plan import plan_from
+from inlay.cli.progress import Bar
+from inlay.cli.text import plural, size
+from inlay.cli.verify import describe as describe_report
+from inlay.errors import CheckFailed, InputError
+from inlay.plan.types import Plan
+from inlay.run.execute import run_plan
+from inlay.verification.report import Report
+from inlay.verification.verify import verify_plan
+
+
+def run(args: argparse.Namespace) -> int:
+    _check_request(args)
+    started = time.monotonic()
+    output_dir = args.output_dir or f"{args.adapters[0].rstrip('/')}-merged"
+    plan = plan_from(args, output_dir)
+    if not args.quiet:
+        for warning in plan.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    report = _merge(plan, args, output_dir)
+    seconds = time.monotonic() - started
+    if args.json:
+        facts = {
+            "output_dir": output_dir, "plan": plan.digest, "nbytes": plan.cost.written, "seconds": round(seconds, 3),
+            "shards": len(plan.shards), "warnings": list(plan.warnings), "notes": list(plan.notes), "verify": report and report.to_json(),
+        }  # fmt: skip
+        print(json.dumps(facts, indent=1, ensure_ascii=False))
+    elif not args.quiet:
+        if report is not None:
+            print(describe_report(report))
+        print(f"{size(plan.cost.written)} in {plural(len(plan.shards), 'shard')}, {seconds:.1f} s: {output_dir}")
+    return 0
+
+
+def _check_request(args: argparse.Namespace) -> None:
+    if args.adapters and not args.merge_lora:
+        raise InputError("--adapters without --merge_lora: add --merge_lora true to merge them")
+    if args.merge_lora and not args.adapters:
+        raise InputError("--merge_lora without --adapters: nothing to merge")
+    if not args.adapters and not args.output_dir:
+        raise InputError("give --output_dir")
+    if not args.safe_serialization:
+        raise InputError("--safe_serialization false is not supported: the result is safetensors")
+    if args.num_threads is not None and args.num_threads < 1:
+        raise InputError(f"--num_threads must be positive, not {args.num_threads}")
+
+
+def _merge(plan: Plan, args: argparse.Namespace, output_dir: str) -> Report | None:
+    """Run the plan, verifying before publication."""
+    found: list[Report] = []
+
+    def check(folder: Path) -> None:
+        report = verify_plan(plan, folder, full=args.verify == "full")
+        found.append(report)
+        if not report.exact:
+            raise CheckFailed(
+                f"the merged weights are not what was planned; nothing was published\n{describe_report(report)}"
+            )
+
+    if not args.quiet:
+        print("Merging LoRA weights into base model..." if plan.adapters else "Writing model...", file=sys.stderr)
+    with Bar(plan.cost.written, "merge", args.quiet) as bar:
+        run_plan(
+            plan,
+            output_dir,
+            exist_ok=args.exist_ok,
+            max_memory=args.max_memory,
+            workers=args.num_threads,
+            device=args.device_map,
+            progress=bar,
+            check=None if args.verify == "none" else check,
+        )
+    return found[0] if found else None

@@ -1,0 +1,136 @@
+"""`inlay inspect PATH`: what is in a base, an adapter, a merged directory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from inlay.adapters.adapter import CONFIG, Adapter, read_adapter
+from inlay.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from inlay.checkpoints.header import TensorInfo
+from inlay.cli import options
+from inlay.cli.sources import resolve
+from inlay.cli.text import count, plural, rows, size
+from inlay.errors import InputError
+from inlay.records.manifest import read_manifest
+
+
+def run(args: argparse.Namespace) -> int:
+    path = resolve(args.path, None, args.use_modelscope)
+    base = open_checkpoint(resolve(args.model, None, args.use_modelscope)) if args.model else None
+    facts = inspect_path(path, base)
+    if args.json:
+        print(json.dumps(facts, indent=1, ensure_ascii=False))
+    else:
+        print(
+            rows(
+                [
+                    (name.replace("_", " "), _value(name, value))
+                    for name, value in facts.items()
+                    if value not in (None, [], {}, "")
+                ]
+            )
+        )
+    return 0
+
+
+def inspect_path(path: Path, base: Checkpoint | None = None) -> dict[str, Any]:
+    """Facts on a directory: `kind` is adapter, merged or model."""
+    if (path / CONFIG).exists():
+        return _adapter_facts(read_adapter(path), base)
+    checkpoint = open_checkpoint(path)
+    try:
+        manifest = read_manifest(path)
+    except InputError:
+        manifest = None
+    return {**_checkpoint_facts(checkpoint, "merged" if manifest else "model"), **_recipe(manifest)}
+
+
+def _adapter_facts(adapter: Adapter, base: Checkpoint | None) -> dict[str, Any]:
+    config = adapter.config
+    targets = Counter(module.rpartition(".")[2] for module in adapter.parts)
+    facts: dict[str, Any] = {
+        "kind": "adapter",
+        "path": str(adapter.path),
+        "tuner": "dora" if config.use_dora else "lora",
+        "rank": sorted({config.rank(m) for m in adapter.parts}),
+        "alpha": sorted({config.alpha(m) for m in adapter.parts}),
+        "scaling": sorted({config.scaling(m) for m in adapter.parts}),
+        "rslora": config.use_rslora,
+        "targets": dict(sorted(targets.items())),
+        "full_copies": sorted(adapter.full),
+        "dtypes": _dtypes(adapter.tensors),
+        "trainable_parameters": adapter.parameters,
+        "base_model": adapter.base_model,
+        "task": config.task_type,
+        "peft_version": config.peft_version,
+        "digest": adapter.digest,
+    }
+    if base is not None:
+        total = sum(_elements(t) for _, t in base.tensors.values()) + adapter.parameters
+        facts["all_parameters"] = total
+        facts["trainable_share"] = f"{adapter.parameters / total:.4%}"
+    return facts
+
+
+def _checkpoint_facts(checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
+    tensors = [t for _, t in checkpoint.tensors.values()]
+    quantised = checkpoint.config.get("quantization_config")
+    return {
+        "kind": kind,
+        "path": str(checkpoint.path),
+        "architecture": (checkpoint.config.get("architectures") or [None])[0],
+        "model_type": checkpoint.config.get("model_type"),
+        "quantised": quantised.get("quant_method") if isinstance(quantised, dict) else None,
+        "shards": len(checkpoint.shards),
+        "tensors": len(tensors),
+        "elements": sum(_elements(t) for t in tensors),
+        "dtypes": _dtypes(tensors),
+        "bytes": checkpoint.nbytes,
+        "headers": checkpoint.fingerprint,
+    }
+
+
+def _recipe(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
+    if manifest is None:
+        return {}
+    return {
+        "merged_by": f"inlay {manifest['inlay']}",
+        "base": manifest["base"]["name"],
+        "adapters": [f"{a['name']} (weight {a['weight']:g}, {a['digest']})" for a in manifest["adapters"]],
+        "settings": manifest["settings"],
+        "changed_tensors": len(manifest["tensors"]),
+        "plan": manifest["plan"],
+    }
+
+
+def _elements(t: TensorInfo) -> int:
+    return t.nbytes * 8 // t.dtype.bits
+
+
+def _dtypes(tensors: Any) -> dict[str, int]:
+    """Elements by stored type."""
+    found: Counter[str] = Counter()
+    for t in tensors:
+        found[t.dtype.name] += _elements(t)
+    return dict(found.most_common())
+
+
+def _value(name: str, value: Any) -> str:
+    if name == "bytes":
+        return size(value)
+    if name in ("trainable_parameters", "all_parameters", "elements"):
+        return f"{value:,} ({count(value)})"
+    if name == "full_copies" and len(value) > 6:
+        return f"{', '.join(value[:6])} … ({plural(len(value), 'tensor')})"
+    if isinstance(value, Mapping):
+        return ", ".join(
+            f"{k} × {v:,}" if isinstance(v, int) else f"{k} = {v}" for k, v in value.items() if v is not None
+        )
+    if isinstance(value, list):
+        return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
+    return str(value)

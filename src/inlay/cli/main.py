@@ -1,0 +1,75 @@
+"""`inlay COMMAND …`: the table of commands, and what becomes of errors.
+
+Exit codes: 0 done, 1 a check failed, 2 the request cannot be met, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from importlib import import_module
+
+from inlay import __version__
+from inlay.cli import arguments
+from inlay.cli.options import EXAMPLES, Parser, spelled
+
+COMMANDS = {
+    "export": "merge adapters into a base, as an ordinary checkpoint",
+    "plan": "show what export would do, and write nothing",
+    "verify": "check whether a directory is base + adapters, whoever made it",
+    "inspect": "say what is in a base, an adapter or a merged directory",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        command, rest = _command(words)
+        parser = Parser(prog=f"inlay {command}", description=COMMANDS[command], allow_abbrev=False)
+        getattr(arguments, command)(parser)
+        args = parser.parse_args(spelled(rest))
+    except SystemExit as stop:  # argparse has printed help or an error
+        return stop.code if isinstance(stop.code, int) else 2
+    return _run(command, args)
+
+
+def _command(words: Sequence[str]) -> tuple[str, list[str]]:
+    parser = Parser(
+        prog="inlay", description="Merge LoRA adapters into checkpoints: streamed, exactly rounded, verified."
+    )
+    parser.formatter_class = RawDescriptionHelpFormatter
+    parser.epilog = "commands:\n" + "\n".join(f"  {n:<8} {what}" for n, what in COMMANDS.items()) + "\n\n" + EXAMPLES
+    parser.add_argument("--version", action="version", version=f"inlay {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    if words and words[0].replace("-", "_") in COMMANDS:
+        return words[0].replace("-", "_"), list(words[1:])
+    parser.parse_args(words[:1])
+    raise AssertionError("argparse accepts commands only")
+
+
+def _run(command: str, args: Namespace) -> int:
+    # One thread per matrix product: the threads of a merge each have a block of their own.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("MKL_NUM_THREADS", "1")
+    from inlay.errors import CheckFailed, InlayError
+
+    try:
+        code: int = import_module(f"inlay.cli.{command}").run(args)
+        return code
+    except CheckFailed as error:
+        print(f"CheckFailed: {error}", file=sys.stderr)
+        return 1
+    except InlayError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is finished", file=sys.stderr)
+        return 130
+
+
+def run() -> None:
+    """Entry point of the installed command."""
+    sys.exit(main())

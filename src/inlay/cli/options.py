@@ -1,0 +1,150 @@
+"""Options as users of ms-swift type them, and their spellings.
+
+Lists take spaces or commas, booleans a value or none, `_` and `-` are the same, older names are aliases.
+Nothing here imports more than the standard library, so that help and errors are instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+EXAMPLES = """examples:
+  inlay export --model BASE --adapters ADAPTER --merge_lora true --output_dir OUT
+  inlay export --adapters A B --adapter_weights 1.0 0.5 --merge_lora true --torch_dtype bfloat16
+  inlay plan   --model BASE --adapters ADAPTER
+  inlay verify --model BASE --adapters ADAPTER --merged OUT
+  inlay inspect PATH
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors name the nearest option; exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            unknown = message.removeprefix(prefix).split()[0]
+            near = difflib.get_close_matches(unknown, self._option_string_actions, 1, 0.6)
+            message = f"unknown option {unknown}" + (f"; did you mean {near[0]}?" if near else "")
+        self.exit(2, f"{self.prog}: error: {message}\nTry '{self.prog} --help'.\n")
+
+
+def spelled(argv: Sequence[str]) -> list[str]:
+    """Options with dashes inside, as in --max-memory, in their spelling with underscores."""
+    result = []
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word.partition("=")
+            word = "--" + name[2:].replace("-", "_") + equals + value
+        result.append(word)
+    return result
+
+
+def boolean(text: str) -> bool:
+    """true/false as ms-swift takes them."""
+    if text.lower() in ("true", "yes", "1", "on"):
+        return True
+    if text.lower() in ("false", "no", "0", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+
+
+class Items(argparse.Action):
+    """A list with spaces, commas or both; a path that is there keeps its comma."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        items: list[str] = []
+        for value in values:
+            items += [value] if os.path.exists(value) else [part for part in value.split(",") if part]
+        if not items:
+            parser.error(f"{option_string} is empty")
+        setattr(namespace, self.dest, items)
+
+
+def add_flag(parser: argparse.ArgumentParser, *names: str, help: str) -> None:
+    """A boolean: `--name`, `--name true`, `--name false`."""
+    parser.add_argument(*names, nargs="?", const=True, default=False, type=boolean, metavar="true|false", help=help)
+
+
+def add_inputs(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that puts adapters on a base."""
+    group = parser.add_argument_group("what to merge")
+    group.add_argument(
+        "--model",
+        "--model_id_or_path",
+        metavar="BASE",
+        help="directory or Hub id of the base; the adapter's own if not given",
+    )
+    group.add_argument(
+        "--adapters", "--adapter", "--ckpt_dir", nargs="+", action=Items, default=[], metavar="DIR",
+        help="adapters in the order in which they are applied",
+    )  # fmt: skip
+    group.add_argument(
+        "--adapter_weights",
+        nargs="+",
+        action=Items,
+        default=None,
+        metavar="W",
+        help="a factor for each adapter (1.0 each)",
+    )
+    group.add_argument(
+        "--combine", default=None, choices=("sum", "override"),
+        help="several adapters: sum (default), or let the later one win where full copies contradict each other",
+    )  # fmt: skip
+    group.add_argument("--revision", "--model_revision", default=None, help="revision of a base from the Hub")
+    add_flag(group, "--use_modelscope", help="take ids from ModelScope instead of the Hugging Face Hub")
+    group.add_argument("--train_type", "--tuner_type", "--sft_type", default=None, help=argparse.SUPPRESS)
+    dtype = parser.add_argument_group("type and layout of the result")
+    dtype.add_argument(
+        "--torch_dtype", "--dtype", default=None, metavar="TYPE",
+        help="bfloat16, float16 or float32 for all float weights; each tensor's own if not given",
+    )  # fmt: skip
+    add_flag(dtype, "--fp16", help="the same as --torch_dtype float16")
+    add_flag(dtype, "--bf16", help="the same as --torch_dtype bfloat16")
+    dtype.add_argument(
+        "--max_shard_size", default=None, metavar="SIZE", help="largest shard, e.g. 5GB; the base's layout if not given"
+    )
+
+
+def add_resources(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("resources")
+    group.add_argument("--max_memory", default="1GB", metavar="SIZE", help="cap on working memory, e.g. 512MB (1GB)")
+    group.add_argument("--num_threads", default=None, type=int, metavar="N", help="threads (all processors)")
+    group.add_argument(
+        "--device_map", default="cpu", metavar="DEVICE",
+        help="cpu, auto or cuda:N; the bytes are the same, and a merge is bound by the disk (cpu)",
+    )  # fmt: skip
+
+
+def add_printing(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    add_flag(group, "--json", help="print the facts as JSON")
+    add_flag(group, "--quiet", help="no progress, no log")
+
+
+def torch_dtype(args: argparse.Namespace) -> str | None:
+    """The type asked for by any of its three options."""
+    from inlay.errors import InputError
+
+    asked = {name for name, there in (("float16", args.fp16), ("bfloat16", args.bf16)) if there}
+    asked |= {args.torch_dtype} if args.torch_dtype else set()
+    if len(asked) > 1:
+        raise InputError(f"contradicting types: {', '.join(sorted(asked))}; give one")
+    return asked.pop() if asked else None
+
+
+def weights(args: argparse.Namespace) -> list[float] | None:
+    """Adapter weights as numbers."""
+    from inlay.errors import InputError
+
+    try:
+        numbers = None if args.adapter_weights is None else [float(w) for w in args.adapter_weights]
+    except ValueError as error:
+        raise InputError(f"--adapter_weights: {error}") from None
+    if numbers is not None and not all(abs(w) < float("inf") for w in numbers):
+        raise InputError("--adapter_weights must be finite numbers")
+    return numbers

@@ -1,0 +1,114 @@
+"""`inlay plan`: what export would do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+
+from inlay.cli import options
+from inlay.cli.sources import find_model, open_adapters
+from inlay.cli.text import count, plural, rows, size
+from inlay.plan.build import make_plan
+from inlay.plan.types import Plan, to_json
+
+SHOWN = 8
+
+
+def run(args: argparse.Namespace) -> int:
+    plan = plan_from(args, args.output_dir)
+    if args.json:
+        print(json.dumps({**to_json(plan), "digest": plan.digest}, indent=1, ensure_ascii=False))
+    else:
+        print(describe(plan))
+    return 0
+
+
+def plan_from(args: argparse.Namespace, output_dir: str | None) -> Plan:
+    """The plan that the options ask for."""
+    adapters = open_adapters(args)
+    return make_plan(
+        find_model(args, adapters),
+        adapters,
+        weights=options.weights(args),
+        torch_dtype=options.torch_dtype(args),
+        combine_by=args.combine or "sum",
+        max_shard_size=args.max_shard_size,
+        max_memory=args.max_memory,
+        output_dir=output_dir,
+        exist_ok=args.exist_ok,
+    )
+
+
+def describe(plan: Plan) -> str:
+    """The plan for people."""
+    cost = plan.cost
+    parts = [rows([("base", _base(plan)), *(("adapter", _adapter(plan, i)) for i in range(len(plan.adapters)))])]
+    parts.append(
+        rows(
+            [
+                (
+                    "touches",
+                    f"{_reached(plan)}: {cost.touched_parameters / max(1, cost.parameters):.1%} of {count(cost.parameters)} parameters",
+                ),
+                ("reads", size(cost.read)),
+                ("computes", size(cost.computed)),
+                ("copies", size(cost.copied)),
+                ("writes", f"{size(cost.written)} in {plural(len(plan.shards), 'shard')}"),
+                ("works in", f"{size(cost.memory)} beside the interpreter"),
+                ("plan", plan.digest),
+            ]
+        )  # fmt: skip
+    )
+    if len(plan.adapters) > 1:
+        parts.append(_several(plan))
+    parts += [
+        _listed("sidecars", _sidecars(plan)),
+        _listed("left out", [f"{f}: {why}" for f, why in plan.left_out.items()]),
+    ]
+    parts += [_listed("notes", list(plan.notes)), _listed("warnings", list(plan.warnings))]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _base(plan: Plan) -> str:
+    return f"{plan.base_name}  ({plural(len(plan.entries), 'tensor')})"
+
+
+def _adapter(plan: Plan, i: int) -> str:
+    use = plan.adapters[i]
+    ranks = ", ".join(map(str, use.rank)) or "none"
+    scalings = ", ".join(f"{s:g}" for s in use.scaling) or "none"
+    weight = f", weight {use.weight:g}" if use.weight != 1 else ""
+    return (
+        f"{use.name}  {use.tuner}, rank {ranks}, scaling {scalings}{weight}, {plural(use.modules, 'module')}, "
+        f"{count(use.parameters)} parameters"
+    )
+
+
+def _reached(plan: Plan) -> str:
+    """Modules reached, by the last word of their name."""
+    kinds = Counter(key.removesuffix(".weight").rpartition(".")[2] for key, e in plan.entries.items() if e.touched)
+    listed = [f"{n} × {kind}" if n > 1 else kind for kind, n in kinds.most_common(SHOWN)]
+    return ", ".join(listed + (["…"] if len(kinds) > SHOWN else [])) or "nothing"
+
+
+def _several(plan: Plan) -> str:
+    order = (
+        "the order of the adapters matters: a DoRA scales what came before it"
+        if plan.order_matters
+        else "the order of the adapters does not matter"
+    )
+    return f"{plural(len(plan.overlaps), 'tensor')} are changed by more than one adapter; {order}"
+
+
+def _sidecars(plan: Plan) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for sidecar in plan.sidecars:
+        where = "base" if sidecar.root == "base" else plan.adapters[int(sidecar.root.removeprefix("adapter"))].name
+        edited = " (edited)" if sidecar.edits else f" (from {sidecar.source})" if sidecar.source != sidecar.file else ""
+        groups.setdefault(where, []).append(sidecar.file + edited)
+    return [f"from {where}: {', '.join(files)}" for where, files in groups.items()]
+
+
+def _listed(title: str, lines: list[str]) -> str:
+    return f"{title}\n" + "\n".join(f"  {line}" for line in lines) if lines else ""

@@ -1,0 +1,86 @@
+"""Files beside the tensors: index, sidecars, headers, manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from inlay.checkpoints.checkpoint import Checkpoint
+from inlay.checkpoints.header import layout
+from inlay.checkpoints.spans import BASE
+from inlay.digests import digest_file
+from inlay.output.json_edit import edit_json
+from inlay.plan.types import Plan, Sidecar
+from inlay.records.manifest import MANIFEST, is_sealed, read_manifest
+from inlay.verification.report import FileVerdict
+
+
+def check_index(merged: Checkpoint) -> Iterator[FileVerdict]:
+    """The index of any directory: its total size has to be that of the tensors."""
+    if merged.index_file is None:
+        return
+    total = (merged.index.get("metadata") or {}).get("total_size")
+    if total != merged.nbytes:
+        yield FileVerdict(merged.index_file, f"total_size is {total}, the tensors have {merged.nbytes} bytes")
+
+
+def check_sidecars(plan: Plan, folder: Path) -> Iterator[FileVerdict]:
+    """Files of the base and the adapters that should be there as they are, or with the planned edits."""
+    for sidecar in plan.sidecars:
+        path = folder / sidecar.file
+        if not path.is_file():
+            yield FileVerdict(sidecar.file, "missing")
+        elif path.read_bytes() != _wanted(plan, sidecar):
+            yield FileVerdict(sidecar.file, "differs from what was planned")
+
+
+def _wanted(plan: Plan, sidecar: Sidecar) -> bytes:
+    content = (plan.roots[sidecar.root] / sidecar.source).read_bytes()
+    return edit_json(content.decode("utf-8"), sidecar.edits).encode() if sidecar.edits else content
+
+
+def check_own(plan: Plan, merged: Checkpoint) -> Iterator[FileVerdict]:
+    """A directory that inlay wrote is held to its manifest, byte for byte."""
+    folder = merged.path
+    if not is_sealed(folder):
+        yield FileVerdict(MANIFEST, "was changed after it was written")
+    manifest = read_manifest(folder) or {}
+    if manifest.get("plan") != plan.digest:
+        yield FileVerdict(MANIFEST, f"was made by plan {manifest.get('plan')}, this is {plan.digest}")
+    yield from _check_files(manifest, folder)
+    yield from _check_headers(plan, merged)
+    if plan.index is not None and merged.index_file and merged.index != json.loads(json.dumps(plan.index)):
+        yield FileVerdict(merged.index_file, "differs from what was planned")
+
+
+def _check_files(manifest: dict[str, object], folder: Path) -> Iterator[FileVerdict]:
+    files = manifest.get("files")
+    listed = files if isinstance(files, dict) else {}
+    for file, wanted in listed.items():
+        path = folder / file
+        if not path.is_file():
+            yield FileVerdict(file, "missing")
+        elif path.stat().st_size != wanted["nbytes"]:
+            yield FileVerdict(file, f"has {path.stat().st_size} bytes, the manifest says {wanted['nbytes']}")
+        elif "digest" in wanted and digest_file(path) != wanted["digest"]:
+            yield FileVerdict(file, "differs from the digest in the manifest")
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in listed and name != MANIFEST and not name.startswith(".inlay-records"):
+            yield FileVerdict(name, "is not in the manifest")
+
+
+def _check_headers(plan: Plan, merged: Checkpoint) -> Iterator[FileVerdict]:
+    headers = {shard.file: shard.header for shard in merged.shards}
+    for shard in plan.shards:
+        header = headers.get(shard.file)
+        if header is None:
+            yield FileVerdict(shard.file, "missing")
+            continue
+        wanted = layout([(e.key, e.dtype, e.shape) for e in shard.entries], shard.metadata)[0]
+        if shard.like is not None:
+            with open(plan.roots[BASE] / shard.like, "rb") as file:
+                wanted = file.read(len(header.raw))
+        if header.raw != wanted:
+            yield FileVerdict(shard.file, "its header differs from what was planned")

@@ -1,0 +1,199 @@
+"""Each tensor of a merged directory: what is it?"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from inlay.checkpoints.checkpoint import Checkpoint
+from inlay.checkpoints.spans import SpanReader, TensorRef
+from inlay.dtypes import Array, DType, decode, round_nearest
+from inlay.plan.types import Entry, Plan
+from inlay.verification import report
+from inlay.verification.causes import find_cause
+from inlay.verification.recompute import Expected, Recomputed
+from inlay.verification.report import TensorVerdict
+
+MERGED = "merged"
+SAMPLE_ROWS = 4
+SAMPLE_ELEMENTS = 1 << 16
+BLOCK_ELEMENTS = 1 << 20
+CAUSE_ROWS = 32
+MOST_EXACT = 256  # elements of a block that are decided exactly before it is taken as simply different
+
+
+def check_tensors(plan: Plan, merged: Checkpoint, full: bool) -> Iterator[TensorVerdict]:
+    """A verdict on every tensor of the plan, and on those that the directory has beside them."""
+    with SpanReader({**plan.roots, MERGED: merged.path}) as reader:
+        for entry in plan.entries.values():
+            yield _check(reader, plan, entry, merged, full)
+    for key in merged.tensors.keys() - plan.entries.keys():
+        yield TensorVerdict(key, report.EXTRA)
+
+
+def _check(reader: SpanReader, plan: Plan, entry: Entry, merged: Checkpoint, full: bool) -> TensorVerdict:
+    if entry.key not in merged.tensors:
+        return TensorVerdict(entry.key, report.MISSING)
+    shard, info = merged.tensors[entry.key]
+    ref = TensorRef.of(MERGED, shard.file, info)
+    if ref.shape != entry.shape:
+        return TensorVerdict(entry.key, report.WRONG, cause=f"shape {ref.shape}, expected {entry.shape}")
+    if entry.elementwise and ref.dtype is entry.source.dtype:
+        return _check_bytes(reader, entry, ref, full)
+    if not (ref.dtype.mergeable and entry.source.dtype.mergeable):
+        return TensorVerdict(entry.key, report.WRONG, cause=f"{ref.dtype.name}, expected {entry.dtype.name}")
+    return _Comparison(reader, plan, entry, ref, full).verdict()
+
+
+def _check_bytes(reader: SpanReader, entry: Entry, ref: TensorRef, full: bool) -> TensorVerdict:
+    """A tensor that must be the bytes of its source."""
+    verdict = report.EXACT if entry.touched else report.BASE
+    checked = 0
+    for start, end in _spans(entry.key, ref.nbytes, full):
+        wanted, found = np.empty(end - start, np.uint8), np.empty(end - start, np.uint8)
+        reader.into(entry.source, start, memoryview(wanted))
+        reader.into(ref, start, memoryview(found))
+        checked += (end - start) * 8 // ref.dtype.bits
+        if off := int(np.count_nonzero(wanted != found)):
+            bad = report.WRONG if entry.touched else report.CHANGED
+            return TensorVerdict(entry.key, bad, checked, off, cause=f"{off} bytes differ from byte {start} on")
+    return TensorVerdict(entry.key, verdict, checked)
+
+
+def _spans(key: str, nbytes: int, full: bool) -> Iterator[tuple[int, int]]:
+    """Byte ranges to look at: all, or the ends and a few in between, the same for the same key."""
+    size = SAMPLE_ELEMENTS
+    if full or nbytes <= 4 * size:
+        step = BLOCK_ELEMENTS * 8
+        yield from ((at, min(nbytes, at + step)) for at in range(0, nbytes, step))
+        return
+    pick = random.Random(key)
+    inner = [pick.randrange(size, nbytes - 2 * size) for _ in range(2)]
+    yield from ((at, at + size) for at in (0, *sorted(inner), nbytes - size))
+
+
+def _sample_rows(key: str, rows: int, cols: int) -> list[int]:
+    count = max(1, min(rows, SAMPLE_ROWS, 4 * SAMPLE_ELEMENTS // max(1, cols)))
+    return sorted(random.Random(key).sample(range(rows), count))
+
+
+@dataclass
+class _Tally:
+    """What the comparison of blocks adds up to."""
+
+    checked: int = 0
+    off: int = 0
+    max_ulps: int = 0
+    equals_base: bool = True
+    within_rounding: bool = True
+
+
+class _Comparison:
+    """One tensor against its recomputed self."""
+
+    def __init__(self, reader: SpanReader, plan: Plan, entry: Entry, ref: TensorRef, full: bool) -> None:
+        self.reader = reader
+        self.plan = plan
+        self.entry = entry
+        self.ref = ref
+        self.full = full
+        self.recomputed = Recomputed(reader, entry)
+        self.rows, self.cols = entry.matrix
+
+    def verdict(self) -> TensorVerdict:
+        tally = _Tally()
+        worst: tuple[Expected, Array] | None = None
+        for rows in self._blocks():
+            stored = self._stored(rows)
+            expected = self.recomputed.expected(rows)
+            if self._compare(rows, stored, expected, tally) and worst is None:
+                worst = (expected, stored)
+        name, cause = self._name(tally, worst)
+        return TensorVerdict(self.entry.key, name, tally.checked, tally.off, tally.max_ulps, cause)
+
+    def _name(self, tally: _Tally, worst: tuple[Expected, Array] | None) -> tuple[str, str]:
+        if worst is None:
+            return (report.EXACT if self.entry.touched else report.BASE), ""
+        if not self.entry.touched:
+            return report.CHANGED, ""
+        if tally.equals_base:
+            return report.UNMERGED, "equals the base"
+        expected, stored = worst
+        few = slice(0, CAUSE_ROWS)
+        some = Expected(expected.base[few], [(s, d[few]) for s, d in expected.deltas], expected.value[few])
+        cause = find_cause(some, np.ascontiguousarray(stored[few]), self.ref.dtype, self.plan.adapters)
+        return (report.ROUNDED if tally.within_rounding else report.WRONG), cause
+
+    def _blocks(self) -> Iterator[Sequence[int]]:
+        if not self.full:
+            yield _sample_rows(self.entry.key, self.rows, self.cols)
+            return
+        step = max(1, BLOCK_ELEMENTS // max(1, self.cols))
+        yield from (range(at, min(self.rows, at + step)) for at in range(0, self.rows, step))
+
+    def _stored(self, rows: Sequence[int]) -> Array:
+        if isinstance(rows, range):
+            return self.reader.rows(self.ref, rows.start, rows.stop)
+        return np.concatenate([self.reader.rows(self.ref, row, row + 1) for row in rows])
+
+    def _compare(self, rows: Sequence[int], stored: Array, expected: Expected, tally: _Tally) -> bool:
+        """Whether the block differs from the exact result."""
+        dtype = self.ref.dtype
+        wanted = round_nearest(expected.value, dtype)
+        self._decide_exactly(rows, stored, wanted)
+        differ = stored.view(_bits(stored)) != wanted.view(_bits(wanted))
+        tally.checked += stored.size
+        base = round_nearest(expected.base, dtype)
+        tally.equals_base = tally.equals_base and bool((base.view(_bits(base)) == stored.view(_bits(stored))).all())
+        if not differ.any():
+            return False
+        tally.off += int(differ.sum())
+        tally.max_ulps = max(tally.max_ulps, int(_ulps(stored, wanted).max()))
+        tally.within_rounding = tally.within_rounding and self._within_rounding(stored, expected)
+        return True
+
+    def _decide_exactly(self, rows: Sequence[int], stored: Array, wanted: Array) -> None:
+        """Where float64 and the file differ by one unit, the exact value decides what was wanted."""
+        close = np.argwhere(_ulps(stored, wanted) == 1)
+        zeros = np.argwhere((stored.view(_bits(stored)) != wanted.view(_bits(wanted))) & (_ulps(stored, wanted) == 0))
+        if len(close) + len(zeros) > MOST_EXACT:
+            return
+        for i, j in np.concatenate([close, zeros]):
+            value = self.recomputed.exactly(int(rows[i]), int(j), self.ref.dtype)
+            wanted[i, j] = round_nearest(np.array([value]), self.ref.dtype)[0]
+
+    def _within_rounding(self, stored: Array, expected: Expected) -> bool:
+        """Whether every element is as near as one rounding of each term and of each partial sum leaves it."""
+        largest = np.maximum(np.abs(expected.base), np.abs(expected.value))
+        for _, delta in expected.deltas:
+            largest = np.maximum(largest, np.abs(delta))
+        unit = _unit(largest, self.ref.dtype)
+        distance = np.abs(decode(stored, self.ref.dtype) - expected.value)
+        return bool((distance <= (len(expected.deltas) + 1) * unit).all())
+
+
+def _bits(stored: Array) -> str:
+    return f"u{stored.itemsize}"
+
+
+def _ordered(stored: Array) -> np.ndarray:
+    """Bits of floats as integers in the order of their values; both zeros are 0."""
+    bits = stored.view(f"i{stored.itemsize}").astype(np.int64)
+    lowest = -(1 << (8 * stored.itemsize - 1))
+    return np.where(bits < 0, lowest - bits, bits)
+
+
+def _ulps(a: Array, b: Array) -> np.ndarray:
+    """Distance in units of the last place."""
+    difference: np.ndarray = np.abs(_ordered(a) - _ordered(b))
+    return difference
+
+
+def _unit(x: np.ndarray, dtype: DType) -> np.ndarray:
+    """The spacing of `dtype` at `x`."""
+    _, exponent = np.frexp(np.maximum(x, 2.0**dtype.min_exponent))
+    unit: np.ndarray = np.ldexp(1.0, exponent - 1 - dtype.fraction_bits)
+    return unit
