@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # names of the table below, for type checkers
     from inlay.adapters.adapter import Adapter, read_adapter
     from inlay.checkpoints.checkpoint import Checkpoint, open_checkpoint
     from inlay.errors import InlayError
@@ -43,14 +43,15 @@ if TYPE_CHECKING:
     from inlay.plan.types import Plan, dumps, loads
     from inlay.run.execute import RunResult, run_plan
     from inlay.run.tensors import merged_tensors
-    from inlay.verification.verify import Report, verify
+    from inlay.verification.report import Report
+    from inlay.verification.verify import verify
 
 _WHERE = {
     "Adapter": "adapters.adapter",
     "Checkpoint": "checkpoints.checkpoint",
     "InlayError": "errors",
     "Plan": "plan.types",
-    "Report": "verification.verify",
+    "Report": "verification.report",
     "RunResult": "run.execute",
     "dumps": "plan.types",
     "loads": "plan.types",

@@ -26,8 +26,8 @@ def name(h: Any) -> str:
     return f"blake3:{h.hexdigest()}"
 
 
-def digest_bytes(data: bytes) -> str:
-    """Digest of `data`."""
+def digest_bytes(data: Any) -> str:
+    """Digest of `data`: bytes, or a contiguous array of them."""
     return name(blake3(data))
 
 

@@ -130,11 +130,14 @@ def _round_to_odd(x: F64Array) -> npt.NDArray[np.float32]:
 
 def is_finite(raw: Array, dtype: DType) -> npt.NDArray[np.bool_]:
     """Which elements are neither NaN nor Inf."""
+    finite: npt.NDArray[np.bool_]
     if dtype is BF16:
-        return (raw & 0x7F80) != 0x7F80
-    if dtype is F16:
-        return (raw & 0x7C00) != 0x7C00
-    return np.isfinite(raw)
+        finite = raw & 0x7F80 != 0x7F80
+    elif dtype is F16:
+        finite = raw & 0x7C00 != 0x7C00
+    else:
+        finite = np.isfinite(raw)
+    return finite
 
 
 def round_fraction(x: Fraction, dtype: DType, negative_zero: bool = False) -> float:

@@ -53,7 +53,7 @@ class Problem:
     what: str
 
 
-SHOWN_PROBLEMS = 20
+SHOWN_PROBLEMS = 10
 
 
 class PlanError(InputError):

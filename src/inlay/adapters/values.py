@@ -47,7 +47,7 @@ def _scan(reader: SpanReader, file: str, t: TensorInfo) -> tuple[bool, bool]:
     any_set = False
     for start in range(0, t.nbytes, BLOCK_ELEMENTS * raw_type.itemsize):
         block = np.empty(min(BLOCK_ELEMENTS, (t.nbytes - start) // raw_type.itemsize), raw_type)
-        reader.into(flat, start, memoryview(block.view(np.uint8)))
+        reader.into(flat, start, block)
         if not _finite(block, t.dtype):
             return False, True
         any_set = any_set or bool(block.any())

@@ -52,6 +52,11 @@ class TensorRef:
         return self.shape[0], self.count // self.shape[0] if self.shape[0] else 0
 
 
+def byte_view(array: Array) -> memoryview:
+    """The bytes of a contiguous array, without a copy."""
+    return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]  # numpy's stubs deny the buffer
+
+
 class SpanReader:
     """Reads spans by reference from any thread; files are opened once and closed together."""
 
@@ -79,8 +84,9 @@ class SpanReader:
                 self._open[root, file] = os.open(self.path(root, file), os.O_RDONLY | getattr(os, "O_BINARY", 0))
             return self._open[root, file]
 
-    def into(self, ref: TensorRef, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from byte `offset` of the tensor."""
+    def into(self, ref: TensorRef, offset: int, out: Array) -> None:
+        """Fill the contiguous array `out` from byte `offset` of the tensor."""
+        buffer = byte_view(out)
         fd, at, done = self.fileno(ref.root, ref.file), ref.start + offset, 0
         while done < len(buffer):
             n = os.preadv(fd, [buffer[done:]], at + done)
@@ -94,7 +100,7 @@ class SpanReader:
         raw = np.dtype(ref.dtype.raw)
         block = np.empty((last - first, cols), raw) if out is None else out[: (last - first) * cols].reshape(-1, cols)
         if block.size:
-            self.into(ref, first * cols * raw.itemsize, memoryview(block.reshape(-1).view(np.uint8)))
+            self.into(ref, first * cols * raw.itemsize, block)
         return block
 
     def columns(self, ref: TensorRef, first: int, last: int) -> Array:
@@ -103,7 +109,7 @@ class SpanReader:
         raw = np.dtype(ref.dtype.raw)
         block = np.empty((rows, last - first), raw)
         for i in range(rows):
-            self.into(ref, (i * cols + first) * raw.itemsize, memoryview(block[i].view(np.uint8)))
+            self.into(ref, (i * cols + first) * raw.itemsize, block[i])
         return block
 
     def whole(self, ref: TensorRef) -> Array:

@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-from inlay.cli import options
 from inlay.cli.plan import plan_from
 from inlay.cli.progress import Bar
 from inlay.cli.text import plural, size
@@ -32,9 +31,15 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.monotonic() - started
     if args.json:
         facts = {
-            "output_dir": output_dir, "plan": plan.digest, "nbytes": plan.cost.written, "seconds": round(seconds, 3),
-            "shards": len(plan.shards), "warnings": list(plan.warnings), "notes": list(plan.notes), "verify": report and report.to_json(),
-        }  # fmt: skip
+            "output_dir": output_dir,
+            "plan": plan.digest,
+            "nbytes": plan.cost.written,
+            "shards": len(plan.shards),
+            "seconds": round(seconds, 3),
+            "warnings": list(plan.warnings),
+            "notes": list(plan.notes),
+            "verify": report and report.to_json(),
+        }
         print(json.dumps(facts, indent=1, ensure_ascii=False))
     elif not args.quiet:
         if report is not None:

@@ -12,7 +12,6 @@ from typing import Any
 from inlay.adapters.adapter import CONFIG, Adapter, read_adapter
 from inlay.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from inlay.checkpoints.header import TensorInfo
-from inlay.cli import options
 from inlay.cli.sources import resolve
 from inlay.cli.text import count, plural, rows, size
 from inlay.errors import InputError

@@ -65,7 +65,7 @@ class Items(argparse.Action):
         setattr(namespace, self.dest, items)
 
 
-def add_flag(parser: argparse.ArgumentParser, *names: str, help: str) -> None:
+def add_flag(parser: argparse._ActionsContainer, *names: str, help: str) -> None:
     """A boolean: `--name`, `--name true`, `--name false`."""
     parser.add_argument(*names, nargs="?", const=True, default=False, type=boolean, metavar="true|false", help=help)
 

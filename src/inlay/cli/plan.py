@@ -43,14 +43,12 @@ def plan_from(args: argparse.Namespace, output_dir: str | None) -> Plan:
 def describe(plan: Plan) -> str:
     """The plan for people."""
     cost = plan.cost
+    share = cost.touched_parameters / max(1, cost.parameters)
     parts = [rows([("base", _base(plan)), *(("adapter", _adapter(plan, i)) for i in range(len(plan.adapters)))])]
     parts.append(
         rows(
             [
-                (
-                    "touches",
-                    f"{_reached(plan)}: {cost.touched_parameters / max(1, cost.parameters):.1%} of {count(cost.parameters)} parameters",
-                ),
+                ("touches", f"{_reached(plan)}: {share:.1%} of {count(cost.parameters)} parameters"),
                 ("reads", size(cost.read)),
                 ("computes", size(cost.computed)),
                 ("copies", size(cost.copied)),
@@ -58,7 +56,7 @@ def describe(plan: Plan) -> str:
                 ("works in", f"{size(cost.memory)} beside the interpreter"),
                 ("plan", plan.digest),
             ]
-        )  # fmt: skip
+        )
     )
     if len(plan.adapters) > 1:
         parts.append(_several(plan))

@@ -19,9 +19,8 @@ def check_destination(output: Path, inputs: Mapping[str, Path], exist_ok: bool, 
     if overlap := _overlap(output, inputs):
         return [Problem(where, overlap)]
     problems = []
-    if output.exists() or output.is_symlink():
-        if what := _why_not_replace(output, exist_ok):
-            problems.append(Problem(where, what))
+    if os.path.lexists(output) and (what := _why_not_replace(output, exist_ok)):
+        problems.append(Problem(where, what))
     parent = existing_parent(output)
     if not parent.is_dir():
         return [*problems, Problem(where, f"{parent} is not a directory")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from json.decoder import scanstring
 from typing import Any
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -49,7 +48,7 @@ def _members(text: str, start: int) -> dict[str, tuple[int, int]]:
     spans: dict[str, tuple[int, int]] = {}
     at = _skip(text, start + 1)
     while text[at] != "}":
-        name, at = scanstring(text, at + 1)
+        name, at = _DECODER.raw_decode(text, at)
         at = _skip(text, _skip(text, at) + 1)
         _, end = _DECODER.raw_decode(text, at)
         spans[name] = (at, end)

@@ -273,12 +273,11 @@ class _Planner:
         if not changed:
             return None
         rows = max(changed.values())
-        for key, (before, after) in sizes.items():
-            if after != rows and (before == vocab_size or key in changed):
-                self.problems.append(
-                    Problem(key, f"has {after} rows and would not fit {max(changed)}, which grows to {rows}; the adapter "
-                            "must bring both (PEFT: save_embedding_layers=True)")
-                )  # fmt: skip
+        for key, (rows_before, rows_after) in sizes.items():
+            if rows_after != rows and (rows_before == vocab_size or key in changed):
+                what = f"has {rows_after} rows and would not fit {max(changed)}, which has {rows}"
+                cure = "the adapter must bring both (PEFT: save_embedding_layers=True)"
+                self.problems.append(Problem(key, f"{what}; {cure}"))
         return rows if rows != vocab_size else None
 
     def _new_head(self, entries: Mapping[str, Entry]) -> tuple[str, int] | None:
@@ -291,17 +290,15 @@ class _Planner:
     def _check_base(self) -> None:
         quantised = self.base.config.get("quantization_config")
         if isinstance(quantised, dict) and (self.problems or self.settings.dtype):
-            method = quantised.get("quant_method")
-            self.problems.append(
-                Problem(str(self.base.path), f"is quantised ({method}); merging into codes is not supported: "
-                        "give the 16-bit original with --model")
-            )  # fmt: skip
+            # One problem says it all; the codes of each tensor would only repeat it.
+            self.problems = [p for p in self.problems if " codes, " not in p.what]
+            what = f"is quantised ({quantised.get('quant_method')}), and merging into codes is not supported"
+            self.problems.insert(0, Problem(str(self.base.path), f"{what}: give the 16-bit original with --model"))
         for i, adapter in enumerate(self.adapters):
             recorded = adapter.fingerprint.get("headers")
             if recorded and recorded != self.base.fingerprint:
-                self.problems.append(
-                    Problem(adapter.name, f"was trained on another base: recorded {recorded}, this one is {self.base.fingerprint}")
-                )  # fmt: skip
+                what = f"was trained on another base: recorded {recorded}, this one is {self.base.fingerprint}"
+                self.problems.append(Problem(adapter.name, what))
             if self.adapters[:i] and adapter.digest in {a.digest for a in self.adapters[:i]}:
                 self.warnings.append(f"{adapter.name} is given twice: its effect is added twice")
 

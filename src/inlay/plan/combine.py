@@ -7,13 +7,13 @@ addition away. Both are refused, unless `override` says that the later adapter w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from inlay.checkpoints.spans import SpanReader, TensorRef
-from inlay.dtypes import decode
+from inlay.dtypes import F64Array, decode
 from inlay.errors import Problem
 from inlay.plan.contribute import Contribution
 from inlay.plan.types import Rows, Step
@@ -117,12 +117,15 @@ class _Combiner:
             for i in range(0, a.matrix[0], step)
         )
 
-    def _values(self, ref: TensorRef, first: int, last: int) -> object:
+    def _values(self, ref: TensorRef, first: int, last: int) -> F64Array:
         return decode(self.reader.rows(ref, first, min(last, ref.matrix[0])), ref.dtype)
 
     def _same_rows(self, a: Rows, b: Rows, common: Sequence[int]) -> bool:
-        pick: Callable[[Rows, int], object] = lambda r, i: self._values(r.ref, r.rows.index(i), r.rows.index(i) + 1)  # noqa: E731
-        return all(np.array_equal(pick(a, i), pick(b, i)) for i in common)
+        def row(rows: Rows, token: int) -> F64Array:
+            at = rows.rows.index(token)
+            return self._values(rows.ref, at, at + 1)
+
+        return all(np.array_equal(row(a, token), row(b, token)) for token in common)
 
 
 def order_matters(drafts: dict[str, Draft]) -> bool:

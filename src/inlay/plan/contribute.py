@@ -5,7 +5,7 @@ Every tensor of the adapter ends in exactly one contribution, or in a problem th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from inlay.adapters.adapter import Adapter
@@ -147,14 +147,15 @@ class _Placer:
         rank = right.shape[0]
         if not self._rank_agrees(module, rank):
             return None
-        magnitude = self._magnitude(module, parts, shape, axis)
-        if magnitude is False:
+        magnitude = parts.get("magnitude")
+        if not self._magnitude_fits(module, magnitude, shape[0] if axis == 1 else shape[-1]):
             return None
         scaling = self.config.scaling(module) * self.found.weight
         self.found.scalings.add(self.config.scaling(module))
         self.found.ranks.add(rank)
-        tuner = "dora" if magnitude else "lora"
-        return Step(self.found.position, tuner, scaling, right, left, magnitude or None, axis)
+        if magnitude is None:
+            return Step(self.found.position, "lora", scaling, right, left)
+        return Step(self.found.position, "dora", scaling, right, left, self.ref(magnitude), axis)
 
     def _target_is_float(self, module: str, key: str) -> bool:
         dtype = self.base.tensors[key][1].dtype if key in self.base.tensors else None
@@ -241,23 +242,16 @@ class _Placer:
                     return shape != logical
         return None
 
-    def _magnitude(
-        self, module: str, parts: Mapping[str, TensorInfo], shape: tuple[int, ...], axis: int
-    ) -> TensorRef | None | bool:
-        """The DoRA magnitude, None for plain LoRA, False for a problem."""
-        tensor = parts.get("magnitude")
+    def _magnitude_fits(self, module: str, tensor: TensorInfo | None, outputs: int) -> bool:
+        """Whether the DoRA magnitude is there exactly when the config says so, one element for each output."""
         if (tensor is not None) != self.config.use_dora:
             here = "has a lora_magnitude_vector" if tensor else "lacks its lora_magnitude_vector"
             self.problem(module, f"{here}, but use_dora is {str(self.config.use_dora).lower()}")
             return False
-        if tensor is None:
-            return None
-        ref = self.ref(tensor)
-        outputs = shape[0] if axis == 1 else shape[-1]
-        if ref.count != outputs:
-            self.problem(module, f"lora_magnitude_vector has {ref.count} elements, the weight {outputs} outputs")
+        if tensor is not None and self.ref(tensor).count != outputs:
+            self.problem(module, f"lora_magnitude_vector {tensor.shape} does not fit {outputs} outputs")
             return False
-        return ref
+        return True
 
     def _bias(self, module: str, tensor: TensorInfo) -> None:
         """LoRA's own bias is scaled and added to the layer's."""
@@ -287,9 +281,10 @@ class _Placer:
 
     def _token_ids(self, module: str) -> tuple[int, ...] | None:
         table: Mapping[str, tuple[int, ...]] = self.config.trainable_token_indices
-        matches: Callable[[str], bool] = lambda name: module == name or module.endswith("." + name)  # noqa: E731
-        named = next((ids for name, ids in table.items() if name and matches(name)), None)
-        return named if named is not None else table.get("") or next(iter(table.values()), None)
+        for name, ids in table.items():
+            if name and (module == name or module.endswith("." + name)):
+                return ids
+        return table.get("") or next(iter(table.values()), None)
 
     def full_copy(self, name: str, tensor: TensorInfo) -> None:
         """Place a tensor that replaces one of the base, or is new."""

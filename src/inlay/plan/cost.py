@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from inlay.checkpoints.spans import TensorRef
 from inlay.errors import Problem
 from inlay.plan import memory
 from inlay.plan.types import Cost, Entry, ShardPlan
@@ -53,7 +54,7 @@ def estimate(shards: Sequence[ShardPlan], max_memory: int, problems: list[Proble
     )
 
 
-def _adapter_refs(entry: Entry) -> set[object]:
+def _adapter_refs(entry: Entry) -> set[TensorRef]:
     refs = {part.ref for step in entry.steps for part in (step.left, step.right) if part}
     refs |= {step.magnitude for step in entry.steps if step.magnitude}
     return refs | {patch.ref for patch in entry.patches}

@@ -111,7 +111,8 @@ def config_edits(
 
     `vocabulary` is a new number of rows; `head` is the task and the number of labels of a new head.
     """
-    config, edits = base.config, {}
+    config = base.config
+    edits: dict[str, Any] = {}
     part, text = families.text_config(config)
     if untied:
         edits["tie_word_embeddings"] = False

@@ -37,8 +37,8 @@ def tensor_digest(reader: SpanReader, ref: TensorRef) -> str:
 
 def _leaf(reader: SpanReader, ref: TensorRef, start: int, end: int) -> str:
     block = np.empty(end - start, np.uint8)
-    reader.into(ref, start, memoryview(block))
-    return digest_bytes(block.data)
+    reader.into(ref, start, block)
+    return digest_bytes(block)
 
 
 def make_fingerprint(base: Checkpoint, keys: Iterable[str]) -> Mapping[str, Any]:

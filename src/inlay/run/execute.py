@@ -37,7 +37,7 @@ def run_plan(
     max_memory: int | str = DEFAULT_MAX_MEMORY,
     workers: int | None = None,
     device: str = "cpu",
-    progress: Progress = lambda nbytes: None,
+    progress: Progress | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> RunResult:
     """Carry out `plan` and publish the result as `output_dir`.
@@ -60,7 +60,7 @@ def run_plan(
     with Staging(destination, plan.digest, inputs) as staging:
         try:
             executor = LocalExecutor(plan, parse_size(max_memory), workers, find_device(device))
-            results = executor.run(staging, progress)
+            results = executor.run(staging, progress or _ignore)
             digests = write_sidecars(plan, staging.path)
             write_manifest(plan, staging.path, results, digests)
             sync_folder(staging.path)
@@ -74,6 +74,10 @@ def run_plan(
             staging.discard()
             raise OutputError(f"{destination}: cannot be written: {error.strerror} ({error.filename})") from error
     return RunResult(destination, plan.cost.written, len(plan.shards))
+
+
+def _ignore(_: int) -> None:
+    """Progress that nobody watches."""
 
 
 def _check_inputs(plan: Plan) -> None:

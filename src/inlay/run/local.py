@@ -7,7 +7,7 @@ own band and none of them holds the interpreter. Finished shards are synced behi
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,10 +155,10 @@ class _Queue:
         self._running: set[Future[None]] = set()
         self._tensors: list[set[Future[None]]] = [set()]
 
-    def submit(self, task: object, *args: object) -> None:
+    def submit(self, task: Callable[..., None], *args: object) -> None:
         while len(self._running) >= self.limit:
             self._wait(FIRST_COMPLETED)
-        future = self._pool.submit(task, *args)  # type: ignore[arg-type]
+        future = self._pool.submit(task, *args)
         self._running.add(future)
         self._tensors[-1].add(future)
 

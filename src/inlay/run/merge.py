@@ -177,6 +177,7 @@ class Merger:
         lefts = [self._left64(loaded.step, first, first + len(raw)) for loaded in self._loaded]
         pairs = [(left, x.right, x.step.scaling) for left, x in zip(lefts, self._loaded, strict=True)]
         source = self.entry.source.dtype
+        assert self._device is not None
         bits, open_ = device.merge(raw, source, pairs, self.entry.dtype, self._device)
         return self._settled(first, bits, open_, decode(raw, source), lefts)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from inlay.checkpoints.header import TensorInfo, layout
-from inlay.checkpoints.spans import BASE, SpanReader
+from inlay.checkpoints.spans import BASE, SpanReader, byte_view
 from inlay.digests import hasher, join, name
 from inlay.output.copying import copy_span, write_at
 from inlay.plan.memory import Tiling
@@ -136,10 +136,10 @@ class Bands:
             out = out_buffer.view(np.dtype(self.entry.dtype.raw))[: raw.size].reshape(raw.shape)
             if not self.merger.block(at, raw, out):
                 self.finite = False
-            data = memoryview(out.reshape(-1).view(np.uint8))
+            data = byte_view(out)
             written.update(data)
             if digest_source:
-                source.update(memoryview(raw.reshape(-1).view(np.uint8)))
+                source.update(byte_view(raw))
             write_at(target, data, self.place.start + at * itemsize * width)
             progress(len(data))
         self._leaves[band], self._source_leaves[band] = name(written), name(source)
@@ -155,7 +155,7 @@ def _buffers(nbytes: int) -> tuple[np.ndarray, np.ndarray]:
     if held is None or held[0].nbytes < size or held[0].nbytes > 4 * size:
         held = (np.empty(size, np.uint8), np.empty(size, np.uint8))
         _local.buffers = held
-    return held  # type: ignore[no-any-return]
+    return held
 
 
 def open_target(path: os.PathLike[str], nbytes: int, header: bytes) -> int:

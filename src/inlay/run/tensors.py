@@ -44,7 +44,7 @@ def _merged_bytes(reader: SpanReader, entry: Entry) -> np.ndarray:
     """All bytes of one output tensor, uint8."""
     out = np.empty(entry.nbytes, np.uint8)
     if entry.copied:
-        reader.into(entry.source, 0, memoryview(out))
+        reader.into(entry.source, 0, out)
         return out
     tiling, _ = fit(entry, by_kernel(entry), 1, DEFAULT_MAX_MEMORY)
     merger = Merger(reader, entry, tiling.rows)

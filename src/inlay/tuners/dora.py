@@ -28,8 +28,8 @@ def squares(base: Bounded, parts: Mapping[str, F64Array], scaling: float, axis: 
     """Sums over `axis` of (W₀ + s B A)² and of the squared errors of its elements, for one row block."""
     sum_ = lora.merge(base, parts, scaling)
     errors = np.broadcast_to(sum_.error, sum_.value.shape)
-    total = np.sum(np.square(sum_.value, dtype=_WIDE), axis=axis, dtype=_WIDE)
-    return total.astype(np.float64), np.sum(errors * errors, axis=axis)
+    total = np.add.reduce(np.square(sum_.value, dtype=_WIDE), axis=axis)
+    return np.asarray(total, np.float64), np.asarray(np.add.reduce(errors * errors, axis=axis))
 
 
 def norm(total: F64Array, errors: F64Array, count: int) -> tuple[F64Array, F64Array]:

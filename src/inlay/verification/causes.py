@@ -21,7 +21,7 @@ TWICE = "the adapter applied twice"
 
 
 def find_cause(expected: Expected, stored: Array, dtype: DType, adapters: Sequence[AdapterUse]) -> str:
-    """The name of the mistake that turns `expected` into `stored` (rows of stored bits), or what is left of the delta."""
+    """The mistake that turns `expected` into `stored` (rows of stored bits), or what is left of the delta."""
     if any(step.magnitude is not None for step, _ in expected.deltas) or not expected.deltas:
         return ""
     wanted = stored.view(f"u{stored.itemsize}")

@@ -36,6 +36,7 @@ class Recomputed:
         self.reader = reader
         self.entry = entry
         self.rows, self.cols = entry.matrix
+        self._patched = {row: (patch.ref, at) for patch in entry.patches for at, row in enumerate(patch.rows)}
         self._right = [self._matrix(step.right) for step in entry.steps]
         self._column_lengths = [self._lengths(i) for i in range(len(entry.steps))]
 
@@ -77,15 +78,13 @@ class Recomputed:
         return element(float(base[col]), col, base, exact, dtype)
 
     def _base_row(self, row: int) -> F64Array:
-        for patch in reversed(self.entry.patches):
-            if row in patch.rows:
-                at = patch.rows.index(row)
-                return decode(self.reader.rows(patch.ref, at, at + 1), patch.ref.dtype)[0]
-        return decode(self.reader.rows(self.entry.source, row, row + 1), self.entry.source.dtype)[0]
+        ref, at = self._patched.get(row, (self.entry.source, row))
+        values: F64Array = decode(self.reader.rows(ref, at, at + 1), ref.dtype)[0]
+        return values
 
     def _matrix(self, part: Part) -> F64Array:
         matrix = decode(self.reader.rows(part.ref, 0, part.ref.matrix[0]), part.ref.dtype)
-        return matrix.T if part.transposed else matrix
+        return np.transpose(matrix) if part.transposed else matrix
 
     def _left(self, step: Step, rows: Sequence[int]) -> F64Array:
         if step.left is None:

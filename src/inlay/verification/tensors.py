@@ -54,8 +54,8 @@ def _check_bytes(reader: SpanReader, entry: Entry, ref: TensorRef, full: bool) -
     checked = 0
     for start, end in _spans(entry.key, ref.nbytes, full):
         wanted, found = np.empty(end - start, np.uint8), np.empty(end - start, np.uint8)
-        reader.into(entry.source, start, memoryview(wanted))
-        reader.into(ref, start, memoryview(found))
+        reader.into(entry.source, start, wanted)
+        reader.into(ref, start, found)
         checked += (end - start) * 8 // ref.dtype.bits
         if off := int(np.count_nonzero(wanted != found)):
             bad = report.WRONG if entry.touched else report.CHANGED
