@@ -7,7 +7,7 @@ import sys
 
 from setuptools import Extension, setup
 
-FLAGS = [] if sys.platform == "win32" else ["-O3", "-fno-math-errno"]
+FLAGS = [] if sys.platform == "win32" else ["-O3", "-fno-math-errno", "-Wno-psabi"]
 
 setup(
     ext_modules=[

@@ -22,7 +22,7 @@ from inlay.plan.memory import fit
 from inlay.plan.types import Entry, Plan, ShardPlan
 from inlay.records.fingerprint import tensor_digest
 from inlay.run.merge import Device
-from inlay.run.shard import Bands, Layout, Progress, copies, lay_out_file, open_target, run_copy
+from inlay.run.shard import Bands, Layout, Progress, Target, copies, lay_out_file, run_copy
 
 QUEUED_PER_THREAD = 2
 
@@ -41,7 +41,7 @@ class LocalExecutor:
     def __init__(self, plan: Plan, max_memory: int, workers: int | None = None, device: Device = None) -> None:
         self.plan = plan
         self.max_memory = max_memory
-        self.workers = workers or threads()
+        self.workers = workers or threads() + 1  # one more than processors, since one of them is writing
         self.device = device
         self._expected: Mapping[str, tuple[str, str]] = {
             e.key: (e.digest, plan.adapters[e.adapter].name) for e in plan.expectations
@@ -88,7 +88,7 @@ class LocalExecutor:
     ) -> ShardResult:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        target = open_target(path, layout.nbytes, layout.header)
+        target = Target(path, layout.nbytes, layout.header)
         try:
             queue = _Queue(pool, self.workers * QUEUED_PER_THREAD)
             if self._cloned(shard, reader, target):
@@ -103,16 +103,16 @@ class LocalExecutor:
             ]
             queue.drain()
         finally:
-            os.close(target)
+            target.close()
         self._check(shard, merged, reader)
         return ShardResult(layout.nbytes, {bands.entry.key: bands.digest for bands in merged})
 
-    def _cloned(self, shard: ShardPlan, reader: SpanReader, target: int) -> bool:
+    def _cloned(self, shard: ShardPlan, reader: SpanReader, target: Target) -> bool:
         """Whether the target now shares the extents of a base shard with the same header."""
-        return shard.like is not None and clone(reader.fileno(BASE, shard.like), target)
+        return shard.like is not None and clone(reader.fileno(BASE, shard.like), target.fd)
 
     def _merge(
-        self, entry: Entry, layout: Layout, reader: SpanReader, queue: _Queue, target: int, progress: Progress
+        self, entry: Entry, layout: Layout, reader: SpanReader, queue: _Queue, target: Target, progress: Progress
     ) -> Bands:
         tiling, at_once = fit(entry, by_kernel(entry) and self.device is None, self.workers, self.max_memory)
         queue.limit_tensors(1)

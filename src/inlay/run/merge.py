@@ -224,7 +224,7 @@ class Merger:
         for index in result.open.tolist():
             i, j = divmod(index, self.cols)
             out[i, j] = self._sum_exactly(float(decode(raw[i, j : j + 1], source)[0]), left[i], j)
-        return result.nonfinite == 0
+        return result.finite
 
     def _sum_exactly(self, base: float, left: npt.NDArray[np.float32], j: int) -> Array:
         steps, at = [], 0

@@ -85,9 +85,30 @@ def _pieces(copy: Copy) -> Iterator[Copy]:
         yield Copy(copy.root, copy.file, copy.start + done, copy.at + done, piece)
 
 
-def run_copy(copy: Copy, reader: SpanReader, target: int, progress: Progress) -> None:
-    copy_span(reader.fileno(copy.root, copy.file), copy.start, target, copy.at, copy.nbytes)
+def run_copy(copy: Copy, reader: SpanReader, target: Target, progress: Progress) -> None:
+    copy_span(reader.fileno(copy.root, copy.file), copy.start, target.fd, copy.at, copy.nbytes)
     progress(copy.nbytes)
+
+
+class Target:
+    """An output file, and the lock that its writers take.
+
+    The kernel lets one thread at a time write to a file and makes the others spin; waiting here leaves
+    the processor to those that compute.
+    """
+
+    def __init__(self, path: os.PathLike[str], nbytes: int, header: bytes) -> None:
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._lock = threading.Lock()
+        os.ftruncate(self.fd, nbytes)
+        self.write(header, 0)
+
+    def write(self, data: bytes | memoryview, at: int) -> None:
+        with self._lock:
+            write_at(self.fd, data, at)
+
+    def close(self) -> None:
+        os.close(self.fd)
 
 
 class Bands:
@@ -121,7 +142,7 @@ class Bands:
     def source_digest(self) -> str | None:
         return join(self._source_leaves) if self._follows_source and not self.entry.grown else None
 
-    def run(self, band: int, target: int, digest_source: bool, progress: Progress) -> None:
+    def run(self, band: int, target: Target, digest_source: bool, progress: Progress) -> None:
         """Merge one band into the file `target`."""
         rows, cols = self.entry.matrix
         first, last, width = band * self.step, min(rows, (band + 1) * self.step), cols
@@ -140,7 +161,7 @@ class Bands:
             written.update(data)
             if digest_source:
                 source.update(byte_view(raw))
-            write_at(target, data, self.place.start + at * itemsize * width)
+            target.write(data, self.place.start + at * itemsize * width)
             progress(len(data))
         self._leaves[band], self._source_leaves[band] = name(written), name(source)
 
@@ -156,11 +177,3 @@ def _buffers(nbytes: int) -> tuple[np.ndarray, np.ndarray]:
         held = (np.empty(size, np.uint8), np.empty(size, np.uint8))
         _local.buffers = held
     return held
-
-
-def open_target(path: os.PathLike[str], nbytes: int, header: bytes) -> int:
-    """A new file of its final size with its header in place."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    os.ftruncate(fd, nbytes)
-    write_at(fd, header, 0)
-    return fd

@@ -55,11 +55,12 @@ INLINE float from_f16(uint16_t h) {
   return v.f;
 }
 
-/* Nearest, ties to even. NaN stays NaN. */
-INLINE uint16_t to_bf16(float f) {
+/* Nearest, ties to even. The addition would carry a NaN whose last bits are set over to zero; only a
+ * float32 weight can be one, so only those are looked at. */
+INLINE uint16_t to_bf16(float f, int any_nan) {
   word v = {.f = f};
   uint32_t rounded = (v.u + 0x7fffu + ((v.u >> 16) & 1u)) >> 16;
-  return (uint16_t)((v.u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u | (v.u >> 16) : rounded);
+  return (uint16_t)(any_nan && (v.u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
 INLINE uint16_t to_f16(float f) {
@@ -83,7 +84,9 @@ INLINE float load(const void *w, int kind, Py_ssize_t i) {
                        : ((const float *)w)[i];
 }
 
-INLINE uint16_t round_to(float f, int kind) { return kind == BF16 ? to_bf16(f) : to_f16(f); }
+INLINE uint16_t round_to(float f, int w_kind, int out_kind) {
+  return out_kind == BF16 ? to_bf16(f, w_kind == F32) : to_f16(f);
+}
 
 /* From double without rounding twice: to float by rounding to odd, then once to the target. */
 static uint16_t round_double(double x, int kind) {
@@ -91,7 +94,7 @@ static uint16_t round_double(double x, int kind) {
   double error = x - (double)v.f;
   if (error != 0 && isfinite(v.f) && !(v.u & 1u))
     v.u += ((error > 0) == !(v.u >> 31)) ? 1 : -1;
-  return round_to(v.f, kind);
+  return round_to(v.f, F32, kind);
 }
 
 typedef struct {
@@ -105,7 +108,7 @@ typedef struct {
   float *row_bound;    /* (rows,) */
   double *row_norm;    /* (rows,): |c l_i|, rounded up */
   int64_t *open_list;
-  Py_ssize_t open_capacity, open_count, nonfinite;
+  Py_ssize_t open_capacity, open_count, nonfinite; /* nonfinite: 0 or 1 */
 } tile;
 
 static void decide_in_double(tile *t, Py_ssize_t i, Py_ssize_t j) {
@@ -125,9 +128,18 @@ static void decide_in_double(tile *t, Py_ssize_t i, Py_ssize_t j) {
   }
 }
 
-/* sum += scaled (ROWS, depth) times a piece of a panel, in registers: the accumulators are written
+INLINE void store(float *at, vector x, int add) {
+  if (add) {
+    vector so_far;
+    memcpy(&so_far, at, sizeof so_far);
+    x += so_far;
+  }
+  memcpy(at, &x, sizeof x);
+}
+
+/* sum (+)= scaled (ROWS, depth) times a piece of a panel, in registers: the accumulators are written
  * out, because compilers keep an array of them in memory. */
-INLINE void multiply_piece(const float *a, const float *panel, Py_ssize_t rank, Py_ssize_t depth,
+INLINE void multiply_piece(const float *a, const float *panel, Py_ssize_t rank, Py_ssize_t depth, int add,
                            float sum[ROWS][PANEL]) {
   const float *b = a + rank, *c = b + rank, *d = c + rank;
   for (int s = 0; s < PANEL; s += 2 * LANES) {
@@ -142,33 +154,29 @@ INLINE void multiply_piece(const float *a, const float *panel, Py_ssize_t rank, 
       c0 += c[k] * x, c1 += c[k] * y;
       d0 += d[k] * x, d1 += d[k] * y;
     }
-    const vector all[ROWS][2] = {{a0, a1}, {b0, b1}, {c0, c1}, {d0, d1}};
-    for (int i = 0; i < ROWS; i++)
-      for (int h = 0; h < 2; h++) {
-        vector so_far;
-        memcpy(&so_far, &sum[i][s + h * LANES], sizeof so_far);
-        so_far += all[i][h];
-        memcpy(&sum[i][s + h * LANES], &so_far, sizeof so_far);
-      }
+    store(&sum[0][s], a0, add), store(&sum[0][s + LANES], a1, add);
+    store(&sum[1][s], b0, add), store(&sum[1][s + LANES], b1, add);
+    store(&sum[2][s], c0, add), store(&sum[2][s + LANES], c1, add);
+    store(&sum[3][s], d0, add), store(&sum[3][s + LANES], d1, add);
   }
 }
 
 /* Pieces of PIECE components keep the error bound short: each sum has at most
  * PIECE + rank / PIECE + 1 additions in a row. */
 INLINE void multiply(const float *scaled, const float *panel, Py_ssize_t rank, float sum[ROWS][PANEL]) {
-  memset(sum, 0, ROWS * PANEL * sizeof(float));
-  for (Py_ssize_t k = 0; k < rank; k += PIECE)
-    multiply_piece(scaled + k, panel + k * PANEL, rank, rank - k < PIECE ? rank - k : PIECE, sum);
+  multiply_piece(scaled, panel, rank, rank < PIECE ? rank : PIECE, 0, sum);
+  for (Py_ssize_t k = PIECE; k < rank; k += PIECE)
+    multiply_piece(scaled + k, panel + k * PANEL, rank, rank - k < PIECE ? rank - k : PIECE, 1, sum);
 }
 
 /* One row of a panel: round v - e and v + e; a column where they differ stays open. */
-INLINE uint32_t round_row(const float *w, const float *sum, const float *norm, float bound, int out_kind,
-                          uint16_t *low, uint16_t *high) {
+INLINE uint32_t round_row(const float *w, const float *sum, const float *norm, float bound, int w_kind,
+                          int out_kind, uint16_t *low, uint16_t *high) {
   uint32_t open = 0;
   for (int j = 0; j < PANEL; j++) {
     float v = w[j] + sum[j];
     float e = bound * norm[j] + 0x1p-22f * fabsf(v) + 0x1p-140f;
-    uint16_t a = round_to(v - e, out_kind), b = round_to(v + e, out_kind);
+    uint16_t a = round_to(v - e, w_kind, out_kind), b = round_to(v + e, w_kind, out_kind);
     low[j] = a, high[j] = b;
     open |= (uint32_t)(a ^ b);
   }
@@ -177,10 +185,13 @@ INLINE uint32_t round_row(const float *w, const float *sum, const float *norm, f
 
 INLINE void load_row(const tile *t, Py_ssize_t at, Py_ssize_t width, int kind, float *w) {
   const size_t nbytes = kind == F32 ? 4 : 2;
-  uint32_t raw[PANEL] = {0};
   const char *source = (const char *)t->w + at * nbytes;
-  if (width == PANEL) memcpy(raw, source, PANEL * nbytes);
-  else memcpy(raw, source, width * nbytes);
+  if (width == PANEL) {
+    for (int j = 0; j < PANEL; j++) w[j] = load(source, kind, j);
+    return;
+  }
+  uint32_t raw[PANEL] = {0};
+  memcpy(raw, source, width * nbytes);
   for (int j = 0; j < PANEL; j++) w[j] = load(raw, kind, j);
 }
 
@@ -191,11 +202,11 @@ INLINE void merge_row(tile *t, Py_ssize_t i, Py_ssize_t j0, Py_ssize_t width, co
   uint16_t low[PANEL], high[PANEL];
   load_row(t, at, width, w_kind, w);
   if (t->row_norm[i] == 0) { /* a zero factor keeps the weights, the sign of zero too */
-    for (int j = 0; j < PANEL; j++) low[j] = round_to(w[j], out_kind);
+    for (int j = 0; j < PANEL; j++) low[j] = round_to(w[j], w_kind, out_kind);
     memcpy(t->out + at, low, width * sizeof *low);
     return;
   }
-  uint32_t open = round_row(w, sum, t->column_norm + j0, t->row_bound[i], out_kind, low, high);
+  uint32_t open = round_row(w, sum, t->column_norm + j0, t->row_bound[i], w_kind, out_kind, low, high);
   if (width == PANEL) memcpy(t->out + at, low, sizeof low);
   else memcpy(t->out + at, low, width * sizeof *low);
   if (open)
@@ -245,8 +256,8 @@ CLONES static void merge_tile(tile *t) {
     case 5: merge_kinds(t, F32, F16); break;
   }
   const uint16_t infinity = t->out_kind == BF16 ? 0x7f80 : 0x7c00;
-  Py_ssize_t bad = 0;
-  for (Py_ssize_t i = 0; i < t->rows * t->cols; i++) bad += (t->out[i] & 0x7fff) >= infinity;
+  uint16_t bad = 0;
+  for (Py_ssize_t i = 0; i < t->rows * t->cols; i++) bad |= (t->out[i] & 0x7fff) >= infinity;
   t->nonfinite = bad;
 }
 

@@ -21,7 +21,7 @@ except ImportError:  # pragma: no cover - depends on the installation
     _kernel = None  # type: ignore[assignment]
 
 KINDS = {BF16.name: 0, F16.name: 1, F32.name: 2}
-OPEN_CAPACITY = 1 << 14
+OPEN_CAPACITY = 1 << 10
 
 F32Array = npt.NDArray[np.float32]
 
@@ -58,10 +58,10 @@ class Packed:
 
 @dataclass(frozen=True)
 class Result:
-    """Flat indices of the elements that are still open, and how many results are not finite."""
+    """Flat indices of the elements that are still open, and whether a result is not finite."""
 
     open: npt.NDArray[np.int64]
-    nonfinite: int
+    finite: bool
 
 
 def merge(weight: Array, source: DType, left: F32Array, right: Packed, out: Array, dtype: DType) -> Result:
@@ -83,7 +83,7 @@ def merge(weight: Array, source: DType, left: F32Array, right: Packed, out: Arra
             indices.ctypes.data, capacity,
         )  # fmt: skip
         if count <= capacity:
-            return Result(indices[:count], nonfinite)
+            return Result(indices[:count], not nonfinite)
         capacity = count
 
 
