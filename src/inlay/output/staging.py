@@ -8,6 +8,7 @@ all is written and synced, one rename puts it in place; an older result is swapp
 from __future__ import annotations
 
 import ctypes
+import glob
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from inlay.errors import OutputError
 RECORDS = ".inlay-records"
 INPUTS = "inputs.json"
 LOCK = "lock"
+ASIDE = ".records"  # where the records wait while the folder is being published
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
@@ -35,6 +37,7 @@ class Staging:
         self.destination = Path(os.path.abspath(destination))
         self._prefix = f".{self.destination.name}.inlay-"
         self.path = self.destination.parent / (self._prefix + plan.removeprefix("blake3:")[:16])
+        self._records = self.path / RECORDS
         self._inputs = inputs
         self._lock: int | None = None
 
@@ -42,15 +45,15 @@ class Staging:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._remove_others()
-            (self.path / RECORDS).mkdir(parents=True, exist_ok=True)
+            self._records.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self.path.parent}: cannot be written: {error.strerror}") from None
-        self._lock = _lock(self.path / RECORDS / LOCK)
+        self._lock = _lock(self._records / LOCK)
         if self._lock is None:
             raise OutputError(f"{self.destination}: another run is writing it; wait for that one to end")
         if self._stored_inputs() != self._inputs:
             self._clear()
-            write_durably(self.path / RECORDS / INPUTS, json.dumps(self._inputs).encode())
+            write_durably(self._records / INPUTS, json.dumps(self._inputs).encode())
         return self
 
     def __exit__(
@@ -62,7 +65,7 @@ class Staging:
 
     def _stored_inputs(self) -> Any:
         try:
-            return json.loads((self.path / RECORDS / INPUTS).read_text())
+            return json.loads((self._records / INPUTS).read_text())
         except (OSError, ValueError):
             return None
 
@@ -70,47 +73,55 @@ class Staging:
         for entry in os.scandir(self.path):
             if entry.name != RECORDS:
                 _remove(Path(entry.path))
-        for entry in os.scandir(self.path / RECORDS):
+        for entry in os.scandir(self._records):
             if entry.name != LOCK:
                 _remove(Path(entry.path))
 
     def _remove_others(self) -> None:
         """Remove staging folders of other plans for this destination, unless a live run holds them."""
-        for other in self.path.parent.glob(f"{self._prefix}*"):
-            if other == self.path or not (other / RECORDS).is_dir():
+        for other in sorted(self.path.parent.glob(f"{glob.escape(self._prefix)}*")):
+            records = other / RECORDS if (other / RECORDS).is_dir() else other.with_name(other.name + ASIDE)
+            if other in (self.path, records) or other.name.endswith(ASIDE):
                 continue
-            lock = _lock(other / RECORDS / LOCK)
-            if lock is not None:
-                _remove(other)
+            lock = _lock(records / LOCK) if records.is_dir() else -1
+            if lock is None:
+                continue
+            _remove(other)
+            _remove(records)
+            if lock >= 0:
                 os.close(lock)
 
     def discard(self) -> None:
         """Remove the folder: the plan cannot be carried out."""
         _remove(self.path)
+        _remove(self._records)
 
     def record(self, name: str) -> dict[str, Any] | None:
         """The record of a finished file, or None."""
         try:
-            found = json.loads((self.path / RECORDS / f"{_flat(name)}.json").read_text())
+            found = json.loads((self._records / f"{_flat(name)}.json").read_text())
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None
 
     def put_record(self, name: str, value: Mapping[str, Any]) -> None:
         """Record that file `name` is finished and synced."""
-        write_durably(self.path / RECORDS / f"{_flat(name)}.json", json.dumps(value).encode())
+        write_durably(self._records / f"{_flat(name)}.json", json.dumps(value).encode())
 
     def publish(self) -> None:
         """Put the folder in place of the destination. Everything in it must be synced."""
-        _remove(self.path / RECORDS)
+        aside = self.path.with_name(self.path.name + ASIDE)
+        _remove(aside)
+        os.rename(self._records, aside)  # with the lock in it
+        self._records = aside
         sync_tree_folders(self.path)
-        if not os.path.lexists(self.destination):
+        if os.path.lexists(self.destination):
+            _exchange(self.path, self.destination)
+        else:
             os.rename(self.path, self.destination)
-            sync_folder(self.destination.parent)
-            return
-        _exchange(self.path, self.destination)
         sync_folder(self.destination.parent)
         _remove(self.path)
+        _remove(aside)
 
 
 def _flat(name: str) -> str:
@@ -124,9 +135,11 @@ def _lock(path: Path) -> int | None:
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(fd)
         return None
+    except OSError:  # a file system without locks: nothing can be said, so go on
+        return fd
     return fd
 
 

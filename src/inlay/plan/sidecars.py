@@ -40,7 +40,9 @@ def plan_sidecars(
     for file in _files(base.path):
         if file in weights:
             continue
-        if reason := _reason_to_leave_out(file):
+        if not (base.path / file).is_file():
+            left_out[file] = "is not a regular file, or a link to nothing"
+        elif reason := _reason_to_leave_out(file):
             left_out[file] = reason
         elif file == CARD:
             found[BASE_CARD] = Sidecar(BASE_CARD, BASE, file)
@@ -51,11 +53,15 @@ def plan_sidecars(
 
 
 def _files(directory: Path) -> list[str]:
-    found = []
-    for folder, folders, files in os.walk(directory):
-        folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS)
-        found += [PurePosixPath(os.path.relpath(os.path.join(folder, f), directory)).as_posix() for f in files]
-    return sorted(f.replace(os.sep, "/") for f in found)
+    """Files below `directory`, by relative name; linked folders are followed once."""
+    found: list[str] = []
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(directory, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else sorted(f for f in folders if f not in SKIPPED_FOLDERS)
+        found += [] if real in seen else [os.path.relpath(os.path.join(folder, f), directory) for f in files]
+        seen.add(real)
+    return sorted(PurePosixPath(f).as_posix() for f in found)
 
 
 def _reason_to_leave_out(file: str) -> str | None:

@@ -72,7 +72,8 @@ def run_plan(
             raise
         except OSError as error:
             staging.discard()
-            raise OutputError(f"{destination}: cannot be written: {error.strerror} ({error.filename})") from error
+            where = f" ({error.filename})" if error.filename else ""
+            raise OutputError(f"{destination}: {error.strerror or error}{where}; nothing was written") from error
     return RunResult(destination, plan.cost.written, len(plan.shards))
 
 

@@ -89,8 +89,8 @@ class LocalExecutor:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         target = Target(path, layout.nbytes, layout.header)
+        queue = _Queue(pool, self.workers * QUEUED_PER_THREAD)
         try:
-            queue = _Queue(pool, self.workers * QUEUED_PER_THREAD)
             if self._cloned(shard, reader, target):
                 progress(sum(e.nbytes for e in shard.entries if e.copied))
             else:
@@ -103,6 +103,7 @@ class LocalExecutor:
             ]
             queue.drain()
         finally:
+            queue.abandon()  # after an error: a task must not write to a descriptor that is closed, or reused
             target.close()
         self._check(shard, merged, reader)
         return ShardResult(layout.nbytes, {bands.entry.key: bands.digest for bands in merged})
@@ -114,7 +115,12 @@ class LocalExecutor:
     def _merge(
         self, entry: Entry, layout: Layout, reader: SpanReader, queue: _Queue, target: Target, progress: Progress
     ) -> Bands:
-        tiling, at_once = fit(entry, by_kernel(entry) and self.device is None, self.workers, self.max_memory)
+        try:
+            tiling, at_once = fit(entry, by_kernel(entry) and self.device is None, self.workers, self.max_memory)
+        except ValueError as error:
+            raise InputError(
+                f"{entry.key}: one row and its factors take {error.args[0]:,} bytes, max_memory is {self.max_memory:,}"
+            ) from None
         queue.limit_tensors(1)
         bands = Bands(entry, layout.places[entry.key], reader, tiling, self.device)
         digest_source = entry.key in self._expected
@@ -176,6 +182,13 @@ class _Queue:
     def drain(self) -> None:
         while self._running:
             self._wait(FIRST_COMPLETED)
+
+    def abandon(self) -> None:
+        """Cancel what has not begun and wait for what has; errors of these tasks do not matter any more."""
+        for future in self._running:
+            future.cancel()
+        wait(self._running)
+        self._running = set()
 
     def _wait(self, when: str) -> None:
         done, self._running = wait(self._running, return_when=when)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def _write_sidecar(plan: Plan, sidecar: Sidecar, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(source, "rb") as read, open(target, "wb") as write:
         copy_span(read.fileno(), 0, write.fileno(), 0, source.stat().st_size)
+        os.fsync(write.fileno())
     target.chmod(source.stat().st_mode & 0o777 | 0o200)
 
 
