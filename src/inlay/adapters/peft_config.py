@@ -1,6 +1,6 @@
 """`adapter_config.json` of PEFT, of any age: every field is used, known to change nothing, or refused.
 
-The fields are those of `LoraConfig` from PEFT 0.2 to 0.21, and what other trainers add to the file.
+The fields are those of `LoraConfig` from PEFT 0.2 to 0.21.
 A field that is set (not null, false or empty) and is in none of the tables below is an error that
 names it: a setting that changes the weights must not pass unnoticed.
 """
@@ -20,14 +20,11 @@ PATTERN_SECONDS = 1.0  # for all names of an adapter together; real patterns tak
 # Of no effect on the merged weight: they steer training, loading or placement, or say which modules
 # to adapt, which the tensors of the file say themselves.
 NO_EFFECT = frozenset({
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ephemeral_gpu_offload", "eva_config",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
     "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
     "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "merge_weights",
     "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
-    "save_embedding_layers", "target_modules", "task_type", "velora_config",
-    # written by trainers beside PEFT's own fields
-    "library_name", "unsloth_fixed", "unsloth_version", "swift_version", "trainer", "version", "framework",
-    "model_name", "base_model", "results", "training", "tags", "bnb_4bit_quant_type", "model_type",
+    "target_modules", "task_type", "velora_config",
 })  # fmt: skip
 
 USED = frozenset({

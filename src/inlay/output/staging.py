@@ -23,6 +23,7 @@ RECORDS = ".inlay-records"
 INPUTS = "inputs.json"
 LOCK = "lock"
 ASIDE = ".records"  # where the records wait while the folder is being published
+NO_LOCK = -1
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
@@ -79,17 +80,16 @@ class Staging:
 
     def _remove_others(self) -> None:
         """Remove staging folders of other plans for this destination, unless a live run holds them."""
-        for other in sorted(self.path.parent.glob(f"{glob.escape(self._prefix)}*")):
-            records = other / RECORDS if (other / RECORDS).is_dir() else other.with_name(other.name + ASIDE)
-            if other in (self.path, records) or other.name.endswith(ASIDE):
-                continue
-            lock = _lock(records / LOCK) if records.is_dir() else -1
-            if lock is None:
-                continue
-            _remove(other)
-            _remove(records)
-            if lock >= 0:
-                os.close(lock)
+        found = self.path.parent.glob(f"{glob.escape(self._prefix)}*")
+        for other in {path.with_name(path.name.removesuffix(ASIDE)) for path in found} - {self.path}:
+            aside = other.with_name(other.name + ASIDE)
+            records = other / RECORDS if (other / RECORDS).is_dir() else aside
+            lock = _lock(records / LOCK) if records.is_dir() else NO_LOCK
+            if lock is not None:
+                _remove(other)
+                _remove(aside)
+                if lock != NO_LOCK:
+                    os.close(lock)
 
     def discard(self) -> None:
         """Remove the folder: the plan cannot be carried out."""
