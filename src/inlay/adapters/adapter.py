@@ -21,6 +21,7 @@ from inlay.errors import AdapterError, CheckpointError
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 FINGERPRINT = "inlay_base.json"
+FINGERPRINT_FORMAT = 1
 ARGS = "args.json"
 
 
@@ -77,6 +78,8 @@ def read_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
     config = parse_peft_config(read_json_object(directory / CONFIG, AdapterError), directory / CONFIG)
     weights_file, tensors = _read_weights(directory)
     parts, full, unused = _sort(tensors, directory / weights_file)
+    fingerprint = _optional(directory / FINGERPRINT)
+    _check_fingerprint(fingerprint, directory / FINGERPRINT)
     return Adapter(
         path=directory,
         name=name or directory.name,
@@ -86,13 +89,33 @@ def read_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
         parts=parts,
         full=full,
         unused=unused,
-        fingerprint=_optional(directory / FINGERPRINT),
+        fingerprint=fingerprint,
         args=_optional(directory / ARGS),
     )
 
 
 def _optional(path: Path) -> dict[str, Any]:
     return read_json_object(path, AdapterError) if path.exists() else {}
+
+
+def _check_fingerprint(record: Mapping[str, Any], where: Path) -> None:
+    """The record of the base is of the format that this version reads."""
+    if not record:
+        return
+    tensors = record.get("tensors")
+    right = isinstance(tensors, dict) and all(isinstance(v, str) for v in tensors.values())
+    if record.get("format") != FINGERPRINT_FORMAT or not isinstance(record.get("headers"), str) or not right:
+        raise AdapterError(f"{where}: not a record of a base in format {FINGERPRINT_FORMAT}, which this version reads")
+
+
+def _same_bytes(path: Path, a: TensorInfo, b: TensorInfo) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    with open(path, "rb") as file:
+        file.seek(a.start)
+        first = file.read(a.nbytes)
+        file.seek(b.start)
+        return first == file.read(b.nbytes)
 
 
 def _what_is_here(directory: Path) -> str:
@@ -133,9 +156,12 @@ def _sort(tensors: tuple[TensorInfo, ...], where: Path) -> Sorted:
             continue
         place = full if found.part == FULL else parts[found.module]
         label = found.module if found.part == FULL else found.part
-        if label in place:
+        if label not in place:
+            place[label] = t
+        elif _same_bytes(where, t, place[label]):  # PEFT saves the bias of a saved module twice
+            unused.append(t.key)
+        else:
             raise AdapterError(f"{where}: {t.key!r} and {place[label].key!r} are the same part of {found.module}")
-        place[label] = t
     if len(names) > 1:
         raise AdapterError(f"{where}: holds several adapters ({', '.join(sorted(names))}); save each in its own folder")
     return dict(parts), full, tuple(unused)

@@ -8,14 +8,18 @@ names it: a setting that changes the weights must not pass unnoticed.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from inlay.errors import AdapterError
 
 PATTERN_SECONDS = 1.0  # for all names of an adapter together; real patterns take microseconds
+SLOW_MATCH_SECONDS = 0.005
+LARGEST = 1e100  # of a number in a config
 
 # Of no effect on the merged weight: they steer training, loading or placement, or say which modules
 # to adapt, which the tensors of the file say themselves.
@@ -71,44 +75,67 @@ class PeftConfig:
 
     def rank(self, module: str) -> int:
         """Rank that the config gives to `module` (its in-memory name)."""
-        return int(_by_pattern(self.rank_pattern, module, self.r))
+        return int(self._patterns.value(self.rank_pattern, module, self.r))
 
     def alpha(self, module: str) -> float:
-        return float(_by_pattern(self.alpha_pattern, module, self.lora_alpha))
+        return float(self._patterns.value(self.alpha_pattern, module, self.lora_alpha))
 
     def scaling(self, module: str) -> float:
         """alpha / r, or alpha / sqrt(r) with rsLoRA, as float64."""
         rank, alpha = self.rank(module), self.alpha(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
-
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """Value of the first pattern that is `module` or a dotted suffix of it, read as a regular expression.
-
-    PEFT's `get_pattern_key`: `re.match(rf"(.*\\.)?({key})$", name)`, in the order of the file.
-    """
-    for pattern, value in patterns.items():
-        if module == pattern or module.endswith("." + pattern):
-            return value
-        if _matches(pattern, module):
-            return value
-    return default
+    @cached_property
+    def _patterns(self) -> _Patterns:
+        return _Patterns()
 
 
-def _matches(pattern: str, module: str) -> bool:
-    if pattern.replace("_", "").replace(".", "").isalnum() and "." not in pattern:
-        return False  # a plain word, and not a suffix: no need for an engine
-    import regex  # a timeout, which the standard library's engine does not have
+class _Patterns:
+    """Looks names up in tables of patterns; slow matches share one budget of time."""
+
+    def __init__(self) -> None:
+        self._left = PATTERN_SECONDS
+        self._known: dict[tuple[str, str], bool] = {}
+
+    def value(self, patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+        r"""Value of the first pattern that is `module` or a dotted suffix of it, read as a regular expression.
+
+        PEFT's `get_pattern_key`: `re.match(rf"(.*\.)?({key})$", name)`, in the order of the file.
+        """
+        for pattern, value in patterns.items():
+            if module == pattern or module.endswith("." + pattern) or self._matches(pattern, module):
+                return value
+        return default
+
+    def _matches(self, pattern: str, module: str) -> bool:
+        if pattern.replace("_", "").isalnum():
+            return False  # a plain word, and not a suffix: no need for an engine
+        if (pattern, module) not in self._known:
+            started = time.monotonic()
+            self._known[pattern, module] = _match(pattern, module, max(self._left, SLOW_MATCH_SECONDS))
+            taken = time.monotonic() - started
+            self._left -= taken if taken > SLOW_MATCH_SECONDS else 0
+            if self._left < 0:
+                raise _too_slow(pattern)
+        return self._known[pattern, module]
+
+
+def _match(pattern: str, module: str, seconds: float) -> bool:
+    import regex  # has a timeout, which the standard library's engine has not
 
     try:
-        return regex.match(rf"(.*\.)?({pattern})$", module, timeout=PATTERN_SECONDS) is not None
+        return regex.match(rf"(.*\.)?({pattern})$", module, timeout=seconds) is not None
     except TimeoutError:
-        raise AdapterError(
-            f"pattern {pattern!r} in rank_pattern or alpha_pattern needs more than {PATTERN_SECONDS:g} s for one name; "
-            "write it without nested repetition"
-        ) from None
+        raise _too_slow(pattern) from None
     except regex.error as error:
         raise AdapterError(f"pattern {pattern!r} in rank_pattern or alpha_pattern is not valid: {error}") from None
+
+
+def _too_slow(pattern: str) -> AdapterError:
+    return AdapterError(
+        f"pattern {pattern!r} in rank_pattern or alpha_pattern takes more than {PATTERN_SECONDS:g} s to match the "
+        "names of the modules; write it without nested repetition"
+    )
 
 
 def parse_peft_config(raw: Mapping[str, Any], where: Path) -> PeftConfig:
@@ -137,9 +164,9 @@ def parse_peft_config(raw: Mapping[str, Any], where: Path) -> PeftConfig:
         modules_to_save=tuple(dict.fromkeys(field.names("modules_to_save"))),
         trainable_token_indices=_token_indices(raw.get("trainable_token_indices"), where),
         ensure_weight_tying=field.flag("ensure_weight_tying"),
-        base_model=raw.get("base_model_name_or_path") or None,
-        task_type=raw.get("task_type") or None,
-        peft_version=raw.get("peft_version") or None,
+        base_model=field.text("base_model_name_or_path"),
+        task_type=field.text("task_type"),
+        peft_version=field.text("peft_version"),
     )
 
 
@@ -192,7 +219,7 @@ class _Fields:
         return AdapterError(f"{self.where}: {name} must be {wanted}, found {value!r:.80}")
 
     def as_number(self, value: Any, name: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < LARGEST:
             raise self._fail(name, "a number", value)
         return float(value)
 
@@ -220,6 +247,12 @@ class _Fields:
         if value not in allowed:
             raise self._fail(name, "one of " + ", ".join(allowed), value)
         return str(value)
+
+    def text(self, name: str) -> str | None:
+        value = self.raw.get(name)
+        if value is not None and not isinstance(value, str):
+            raise self._fail(name, "text", value)
+        return value or None
 
     def names(self, name: str) -> list[str]:
         value = self.raw.get(name) or []

@@ -6,6 +6,7 @@
     base_model.model.<module>.lora_magnitude_vector    DoRA
     base_model.model.<module>.token_adapter.trainable_tokens_delta   rows of an embedding
     base_model.model.<module>.base_layer.weight        a full copy of a module that also has a pair
+    base_model.model.<module>.token_adapter.weight     a full copy of an embedding that also has trained rows
     base_model.model.<module>.weight                   a full copy (modules_to_save, bias, resized embeddings)
 
 Files saved through `state_dict()` instead of `save_pretrained` carry the adapter's name in addition
@@ -31,7 +32,9 @@ _PARTS = (
     (re.compile(rf"(?P<module>.+)\.token_adapter\.trainable_tokens_delta{_NAME}"), "token_rows"),
 )
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save(?:\.(?P<name>[^.]+))?\.(?P<leaf>.+)")
-_BASE_LAYER = re.compile(r"(?P<module>.+)\.base_layer\.(?P<leaf>weight|bias)")
+_BASE_LAYER = re.compile(
+    r"(?P<module>.+?)\.(?:token_adapter\.base_layer|base_layer|token_adapter)\.(?P<leaf>weight|bias)"
+)
 _ORIGINAL = re.compile(r".+\.original_module\..+")
 
 FULL = "full"

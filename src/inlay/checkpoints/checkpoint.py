@@ -69,7 +69,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
     config_path = directory / "config.json"
-    config = read_json_object(config_path, CheckpointError) if config_path.exists() else {}
+    config = read_config(config_path) if config_path.exists() else {}
     for single in (SAFETENSORS, TORCH_BIN):
         if (directory / single).exists():
             return Checkpoint(directory, (_read_shard(directory, single),), None, config)
@@ -77,6 +77,28 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if (directory / index_file).exists():
             return _open_sharded(directory, index_file, config)
     raise CheckpointError(f"{directory}: {_what_is_here(directory)}")
+
+
+# The fields that a merge looks at, and what they have to be.
+CONFIG_TYPES: dict[str, type] = {
+    "model_type": str, "architectures": list, "vocab_size": int, "tie_word_embeddings": bool,
+    "text_config": dict, "llm_config": dict, "language_config": dict, "quantization_config": dict,
+    "is_encoder_decoder": bool, "id2label": dict,
+}  # fmt: skip
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """`config.json`, with the fields that a merge looks at of the types they should have, or null."""
+    config = read_json_object(path, CheckpointError)
+    for section in (config, *(v for k, v in config.items() if k.endswith("_config") and isinstance(v, dict))):
+        for name, kind in CONFIG_TYPES.items():
+            value = section.get(name)
+            right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            if value is not None and not right:
+                raise CheckpointError(f"{path}: {name} must be of type {kind.__name__}, found {value!r:.80}")
+    if not all(isinstance(name, str) for name in config.get("architectures") or []):
+        raise CheckpointError(f"{path}: architectures must be a list of names")
+    return config
 
 
 def _what_is_here(directory: Path) -> str:
@@ -97,6 +119,8 @@ def _read_shard(directory: Path, file: str) -> Shard:
 def _open_sharded(directory: Path, index_file: str, config: Mapping[str, Any]) -> Checkpoint:
     where = directory / index_file
     index = read_json_object(where, CheckpointError)
+    if not isinstance(index.get("metadata", {}), (dict, type(None))):
+        raise CheckpointError(f"{where}: metadata must be an object, found {index['metadata']!r:.80}")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{where}: weight_map must map tensor names to files")

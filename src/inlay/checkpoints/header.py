@@ -24,6 +24,7 @@ from inlay.dtypes import DTYPES, DType
 from inlay.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
+MAX_SIZE = 1 << 62
 ALIGNMENT = 8
 LFS_POINTER = b"version https://git-lfs"
 
@@ -115,7 +116,8 @@ def parse_header(raw: bytes, file_nbytes: int, where: str) -> Header:
         raise CheckpointError(f"{where}: header is not JSON: {error}") from None
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{where}: header is not a JSON object")
-    metadata = parsed.pop("__metadata__", {})
+    metadata = parsed.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{where}: __metadata__ must map strings to strings")
     tensors = [_tensor(key, entry, len(raw), where) for key, entry in parsed.items()]
@@ -125,10 +127,22 @@ def parse_header(raw: bytes, file_nbytes: int, where: str) -> Header:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_SIZE
+
+
+def _count(shape: Sequence[int]) -> int:
+    """Elements of a shape; MAX_SIZE stands for anything larger, however long the shape is."""
+    count = 0 if 0 in shape else 1
+    for size in shape:
+        count *= size
+        if count >= MAX_SIZE:
+            return MAX_SIZE
+    return count
 
 
 def _tensor(key: str, entry: Any, data_start: int, where: str) -> TensorInfo:
+    if not key.isascii() and any("\ud800" <= c <= "\udfff" for c in key):
+        raise CheckpointError(f"{where}: {key!r}: a key with half a character (a lone surrogate)")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: {key!r}: expected dtype, shape and data_offsets, found {entry!r:.200}")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
@@ -140,10 +154,11 @@ def _tensor(key: str, entry: Any, data_start: int, where: str) -> TensorInfo:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
         raise CheckpointError(f"{where}: {key!r}: bad data_offsets {offsets!r:.100}")
     start, end = offsets
-    count = math.prod(shape)
+    count = _count(shape)
     if count * dtype.bits != 8 * (end - start):
+        needs = f"{count * dtype.bits / 8:g} bytes" if count < MAX_SIZE else "more bytes than there are"
         raise CheckpointError(
-            f"{where}: {key!r}: {dtype.name} {shape} needs {count * dtype.bits / 8:g} bytes, its span has {end - start}"
+            f"{where}: {key!r}: {dtype.name} {shape!r:.100} needs {needs}, its span has {end - start}"
         )
     return TensorInfo(key, dtype, tuple(shape), data_start + start, data_start + end)
 

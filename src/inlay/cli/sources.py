@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 def resolve(name: str, revision: str | None = None, use_modelscope: bool = False) -> Path:
     """Local directory of a model or adapter; an id is downloaded (or found in the local cache)."""
-    path = Path(name).expanduser()
-    if path.exists():
+    path = Path(name)
+    if os.path.exists(path):  # False for names that no file system can hold
         return path
     if not _ID.fullmatch(name) or name.startswith("."):
         raise InputError(f"{name}: no such directory")

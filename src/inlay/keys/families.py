@@ -24,6 +24,11 @@ MASKED_HEADS = {
     "xlm-roberta": "lm_head.decoder.weight",
     "distilbert": "vocab_projector.weight",
 }
+# A head that comes apart takes its bias along, where that is tied too: key -> where the value is stored.
+TIED_BIASES = {
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+    "lm_head.decoder.bias": "lm_head.bias",
+}
 
 
 def stored_transposed(model_type: str | None, module: str) -> bool | None:

@@ -41,9 +41,9 @@ def existing_parent(output: Path) -> Path:
 
 
 def _overlap(output: Path, inputs: Mapping[str, Path]) -> str | None:
-    target = output.resolve()
+    target = Path(os.path.realpath(output))
     for name, path in inputs.items():
-        source = path.resolve()
+        source = Path(os.path.realpath(path))
         what = "the base" if name == "base" else f"the adapter {path}"
         if target == source:
             return f"is {what} itself; choose another output directory"

@@ -39,12 +39,13 @@ class Staging:
         self._prefix = f".{self.destination.name}.inlay-"
         self.path = self.destination.parent / (self._prefix + plan.removeprefix("blake3:")[:16])
         self._records = self.path / RECORDS
+        self._made: list[Path] = []
         self._inputs = inputs
         self._lock: int | None = None
 
     def __enter__(self) -> Staging:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._made = _make_folders(self.path.parent)
             self._remove_others()
             self._records.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -92,8 +93,12 @@ class Staging:
                     os.close(lock)
 
     def discard(self) -> None:
-        """Remove the folder: the plan cannot be carried out."""
+        """Remove the folder, and those made to hold it: the plan cannot be carried out."""
         _remove(self.path)
+        for folder in self._made:
+            if os.listdir(folder):
+                return
+            folder.rmdir()
         _remove(self._records)
 
     def record(self, name: str) -> dict[str, Any] | None:
@@ -122,6 +127,17 @@ class Staging:
         sync_folder(self.destination.parent)
         _remove(self.path)
         _remove(aside)
+
+
+def _make_folders(path: Path) -> list[Path]:
+    """Make a folder and those above it; the new ones, innermost first."""
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+    return missing
 
 
 def _flat(name: str) -> str:

@@ -160,7 +160,7 @@ class _Planner:
                 self.hints.append(f"{found.adapter.name} names {named} as its base; this is {self.base.path}.")
             if found.adapter.unused:
                 self.notes.append(
-                    f"{found.adapter.name}: {len(found.adapter.unused)} untouched original copies in the file not used"
+                    f"{found.adapter.name}: not used, being repeated: {', '.join(found.adapter.unused[:4])}"
                 )
             if str(found.rule) != "names as they are":
                 self.notes.append(f"{found.adapter.name}: {found.rule}")
@@ -221,11 +221,13 @@ class _Planner:
         """Rows that trained tokens add beyond the vocabulary must leave no gap."""
         tokens = {i for patch in draft.patches for i in patch.rows}
         rows = max(shape[0], max(tokens) + 1)
-        gap = sorted(set(range(shape[0], rows)) - tokens)
-        if gap:
-            self.problems.append(
-                Problem(key, f"has {shape[0]} rows; token {max(tokens)} is beyond them, and nothing gives row {gap[0]}")
-            )
+        gap = next(
+            (shape[0] + i for i, t in enumerate(sorted(t for t in tokens if t >= shape[0])) if t != shape[0] + i), None
+        )
+        if gap is not None:
+            what = f"has {shape[0]} rows; token {max(tokens)} is beyond them, and nothing gives row {gap}"
+            self.problems.append(Problem(key, what))
+            return shape
         if rows != shape[0] and draft.steps:
             self.problems.append(
                 Problem(key, "has rows added by one adapter and a LoRA by another; merge them in turn")
@@ -233,9 +235,9 @@ class _Planner:
         return (rows, *shape[1:])
 
     def _add_new(self, key: str, draft: Draft, by_shard: list[tuple[str, list[Entry]]], untied: Untied | None) -> None:
-        """A tensor that the base does not have goes beside the embedding it was tied to, or to the last shard."""
-        if untied is not None and key == untied.head:
-            shard, info = self.base.tensors[untied.embedding]
+        """A tensor that the base does not have goes beside the one it was tied to, or to the last shard."""
+        if untied is not None and key in untied.values:
+            shard, info = self.base.tensors[untied.values[key]]
             ref = TensorRef.of(BASE, shard.file, info)
             entries = next(entries for file, entries in by_shard if file == shard.file)
             entries.append(self._entry(key, ref, draft))

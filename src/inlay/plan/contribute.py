@@ -78,6 +78,9 @@ class _Placer:
         self.adapter = found.adapter
         self.config = found.adapter.config
         self.model_type = base.config.get("model_type")
+        self.own_shapes: dict[str | None, tuple[int, ...]] = {
+            found.rule.key(name): tensor.shape for name, tensor in self.adapter.full.items()
+        }
 
     def ref(self, tensor: TensorInfo) -> TensorRef:
         return TensorRef.of(adapter_root(self.found.position), self.adapter.weights_file, tensor)
@@ -130,11 +133,16 @@ class _Placer:
         return key if key and key not in keys else None
 
     def _shape(self, key: str) -> tuple[int, ...]:
-        """Stored shape of the weight; a tied head has that of the embedding."""
-        if key in self.base.tensors:
-            return self.base.tensors[key][1].shape
-        embedding = embedding_key(self.base)
-        return self.base.tensors[embedding][1].shape if embedding else ()
+        """Shape that a step on this weight has to fit: that of the adapter's own full copy where it brings one.
+
+        A head that is tied and not stored has the shape of the embedding.
+        """
+        for end in (key, embedding_key(self.base) if key == self._tied_head() else None):
+            if end in self.own_shapes:
+                return self.own_shapes[end]
+            if end in self.base.tensors:
+                return self.base.tensors[end][1].shape
+        return ()
 
     def _step(self, module: str, key: str, parts: Mapping[str, TensorInfo], embedding: bool) -> Step | None:
         shape = self._shape(key)

@@ -8,7 +8,7 @@ token rows, `ensure_weight_tying`, or a change that is the same on both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from inlay.checkpoints.checkpoint import Checkpoint
@@ -22,10 +22,9 @@ HEADLESS_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 @dataclass(frozen=True)
 class Untied:
-    """`head` is written as a tensor of its own, starting from `embedding`."""
+    """Keys that get tensors of their own -> the keys whose values they start from: the head, perhaps its bias."""
 
-    embedding: str
-    head: str
+    values: Mapping[str, str]
 
 
 def settle_ties(
@@ -55,7 +54,15 @@ def settle_ties(
                 )
             )
         return None
-    return _settle(embedding, head, head in keys, contributions, drafts, notes)
+    untied = _settle(embedding, head, head in keys, contributions, drafts, notes)
+    if untied is None:
+        return None
+    bias = head.removesuffix("weight") + "bias"
+    stored_bias = families.TIED_BIASES.get(bias)
+    if stored_bias not in keys or bias in keys:
+        return untied
+    drafts[bias] = drafts[stored_bias].copy() if stored_bias in drafts else Draft()
+    return Untied({**untied.values, bias: stored_bias})
 
 
 def _settle(
@@ -74,7 +81,7 @@ def _settle(
         _share(one, other, both_meant, own_copies),
         _share(other, one, both_meant, own_copies),
     )
-    if _same(one, other, both_meant):
+    if _same(one, other, both_meant, own_copies):
         drafts[embedding] = one
         if stored:
             drafts[head] = other.copy()
@@ -87,7 +94,7 @@ def _settle(
         f"{head} is written as a tensor of its own (tie_word_embeddings: false): the adapter changes "
         f"{'both ends differently' if one.changed and other.changed else 'one end only'}"
     )
-    return Untied(embedding, head)
+    return Untied({head: embedding})
 
 
 def _share(end: Draft, opposite: Draft, both_meant: set[int], own_copies: set[int]) -> Draft:
@@ -108,14 +115,18 @@ def _share(end: Draft, opposite: Draft, both_meant: set[int], own_copies: set[in
     return shared
 
 
-def _same(one: Draft, other: Draft, both_meant: set[int]) -> bool:
-    """Whether both ends get the same values: from the same tensors, or from a pair that stands for both."""
+def _same(one: Draft, other: Draft, both_meant: set[int], own_copies: set[int]) -> bool:
+    """Whether both ends get the same values: from the same tensors, or from what stands for both, saved twice."""
 
     def identity(draft: Draft) -> tuple[object, ...]:
+        source: object = draft.source
+        if draft.source is not None:
+            position = int(draft.source.root.removeprefix("adapter"))
+            source = position if position in both_meant | own_copies else draft.source
         steps = [
             (step.adapter, step.tuner, step.scaling, step.rank, None if step.adapter in both_meant else step.right.ref)
             for step in draft.steps
         ]
-        return draft.source, [(patch.adapter, patch.rows) for patch in draft.patches], steps
+        return source, [(patch.adapter, patch.rows) for patch in draft.patches], steps
 
     return identity(one) == identity(other)

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from inlay.adapters.adapter import FINGERPRINT_FORMAT
 from inlay.checkpoints.checkpoint import Checkpoint
 from inlay.checkpoints.spans import BASE, SpanReader, TensorRef
 from inlay.digests import digest_bytes, join
 
-FORMAT = 1
 LEAF_BYTES = 1 << 22
 
 
@@ -48,4 +48,4 @@ def make_fingerprint(base: Checkpoint, keys: Iterable[str]) -> Mapping[str, Any]
             key: tensor_digest(reader, TensorRef.of(BASE, base.tensors[key][0].file, base.tensors[key][1]))
             for key in sorted(keys)
         }
-    return {"format": FORMAT, "headers": base.fingerprint, "tensors": tensors}
+    return {"format": FINGERPRINT_FORMAT, "headers": base.fingerprint, "tensors": tensors}
