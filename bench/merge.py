@@ -114,7 +114,8 @@ def make_base(folder: Path, size: str) -> Path:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (path / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": s.hidden, "num_hidden_layers": s.layers,
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
+        "hidden_size": s.hidden, "num_hidden_layers": s.layers,
         "intermediate_size": s.mlp, "num_attention_heads": s.hidden // 128 if s.hidden % 128 == 0 else 14,
         "num_key_value_heads": s.kv // 128 if s.hidden % 128 == 0 else 2, "vocab_size": s.vocabulary,
         "tie_word_embeddings": s.tied, "torch_dtype": "bfloat16", "rms_norm_eps": 1e-6,
@@ -135,7 +136,13 @@ def make_adapter(folder: Path, size: str, rank: int, targets: tuple[str, ...]) -
                 name = f"base_model.model.model.layers.{layer}.{end}.lora_"
                 tensors += [(name + "A.weight", (rank, in_)), (name + "B.weight", (out, rank))]
     write_tensors(path / "adapter_model.safetensors", tensors, F32, 0.01)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(targets), "task_type": "CAUSAL_LM"}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": list(targets),
+        "task_type": "CAUSAL_LM",
+    }
     (path / "adapter_config.json").write_text(json.dumps(config))
     return path
 
@@ -187,7 +194,9 @@ def run(command: list[str], out: Path) -> Run:
     """Wall seconds and peak memory of one process, on a disk that is quiet before."""
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
-    launched = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True, check=True)
+    launched = subprocess.run(
+        [sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True, check=True
+    )
     seconds, resident, user, system, status = launched.stdout.split()[-5:]
     if status != "0":
         raise RuntimeError(f"{' '.join(command[:6])}: {launched.stderr[-2000:]}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import signal
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from hypothesis import settings
 from safetensors import TensorSpec, deserialize, serialize_file
+
+settings.register_profile("files", deadline=None)  # a test that writes files takes as long as the disk does
+settings.load_profile("files")
 
 BF16, F16, F32, F64 = np.dtype(ml_dtypes.bfloat16), np.dtype("<f2"), np.dtype("<f4"), np.dtype("<f8")
 PREFIX = "base_model.model."
@@ -232,6 +237,18 @@ def within(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@contextmanager
+def with_memory(nbytes: int) -> Iterator[None]:
+    """MemoryError instead of a machine that runs out of memory: the process may grow by `nbytes`."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 # format: bits of the fraction, smallest and largest exponent
 _FORMATS = {BF16: (7, -126, 127), F16: (10, -14, 15), F32: (23, -126, 127)}
 
@@ -239,7 +256,8 @@ _FORMATS = {BF16: (7, -126, 127), F16: (10, -14, 15), F32: (23, -126, 127)}
 def round_exact(x: Fraction, dtype: np.dtype) -> float:
     """`x` to the nearest value of `dtype`, ties to even, by the definition of IEEE 754."""
     fraction_bits, lowest, highest = _FORMATS[dtype]
-    magnitude, exponent = abs(x), lowest
+    magnitude = abs(x)
+    exponent = max(lowest, magnitude.numerator.bit_length() - magnitude.denominator.bit_length() - 1)
     while magnitude >= Fraction(2) ** (exponent + 1):
         exponent += 1
     ulp = Fraction(2) ** (exponent - fraction_bits)
@@ -256,13 +274,14 @@ def merge_exact(
 ) -> np.ndarray:
     """round(base + Σ scaling · B A) in rational arithmetic; `pairs` holds (A, B, scaling), base is (out, in)."""
     dtype = base.dtype if dtype is None else dtype
+    exact = np.vectorize(lambda x: Fraction(float(x)), otypes=[object])
+    total = exact(base)
+    for a, b, scaling in pairs:
+        total = total + Fraction(float(scaling)) * (exact(b) @ exact(a))
     result = np.empty(base.shape, dtype)
-    for i, j in np.ndindex(*base.shape):
-        total = Fraction(float(base[i, j]))
-        for a, b, scaling in pairs:
-            dot = sum((Fraction(float(b[i, k])) * Fraction(float(a[k, j])) for k in range(a.shape[0])), Fraction(0))
-            total += Fraction(float(scaling)) * dot
-        result[i, j] = round_exact(total, dtype)
+    for place in np.ndindex(*base.shape):
+        untouched_zero = total[place] == 0 and base[place] == 0
+        result[place] = base[place] if untouched_zero else round_exact(total[place], dtype)
     return result
 
 

@@ -6,9 +6,9 @@ import errno
 import os
 from pathlib import Path
 
-import build
 import pytest
 
+import build
 import inlay
 from inlay.output import copying
 from inlay.run import local

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import build
 import pytest
 
+import build
 import inlay
 from inlay.cli.main import main
 from inlay.errors import InputError, PlanError
@@ -63,7 +63,7 @@ def test_the_same_base_in_other_shards_is_accepted(tmp_path: Path, trained: tupl
 def test_one_changed_element_of_the_base_is_noticed(
     tmp_path: Path, trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base, adapter = trained
+    _, adapter = trained
     tensors = build.base_tensors(seed=1)
     tensors[KEY][3, 5] += 1
     changed = build.write_model(tmp_path / "changed", tensors)

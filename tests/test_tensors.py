@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import build
 import numpy as np
 import pytest
 import torch
 
+import build
 import inlay
 from inlay.errors import InputError
 

@@ -31,7 +31,7 @@ class DType:
     max_exponent: int = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return DTYPES.__getitem__, (self.name,)  # one object a type, in worker processes too
+        return named, (self.name,)  # one object a type, in worker processes too
 
     @property
     def mergeable(self) -> bool:
@@ -43,6 +43,11 @@ class DType:
         if count * self.bits % 8:
             raise ValueError(f"{count} elements of {self.name} do not fill whole bytes")
         return count * self.bits // 8
+
+
+def named(name: str) -> DType:
+    """The type with this name. Raises KeyError for a name that the format does not have."""
+    return DTYPES[name]
 
 
 # The list of the safetensors format, version 0.8 (safetensors/src/tensor.rs, enum Dtype).
@@ -87,7 +92,8 @@ def decode32(raw: Array, dtype: DType) -> npt.NDArray[np.float32]:
     if dtype is BF16:
         return (raw.astype(np.uint32) << 16).view(np.float32)
     if dtype is F16:
-        return raw.view(np.float16).astype(np.float32)
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            return raw.view(np.float16).astype(np.float32)
     return raw.astype(np.float32, copy=False)
 
 
@@ -95,7 +101,8 @@ def decode(raw: Array, dtype: DType) -> F64Array:
     """Values of stored bits as float64, exactly."""
     if dtype is F64:
         return raw.astype(np.float64, copy=False)
-    return decode32(raw, dtype).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        return decode32(raw, dtype).astype(np.float64)
 
 
 def round_nearest(x: F64Array, dtype: DType) -> Array:

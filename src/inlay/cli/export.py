@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from inlay.verification.verify import verify_plan
 def run(args: argparse.Namespace) -> int:
     _check_request(args)
     started = time.monotonic()
-    output_dir = args.output_dir or f"{args.adapters[0].rstrip('/')}-merged"
+    output_dir = args.output_dir or _default_output(args.adapters[0])
     plan = plan_from(args, output_dir)
     if not args.quiet:
         for warning in plan.warnings:
@@ -46,6 +47,14 @@ def run(args: argparse.Namespace) -> int:
             print(describe_report(report))
         print(f"{size(plan.cost.written)} in {plural(len(plan.shards), 'shard')}, {seconds:.1f} s: {output_dir}")
     return 0
+
+
+def _default_output(adapter: str) -> str:
+    """`<adapter>-merged` beside the adapter; in the current folder for an adapter from a hub."""
+    if not os.path.exists(adapter):
+        return f"{adapter.replace('/', '--')}-merged"
+    path = os.path.normpath(adapter)
+    return f"{os.path.abspath(path) if os.path.basename(path) in ('.', '..') else path}-merged"
 
 
 def _check_request(args: argparse.Namespace) -> None:

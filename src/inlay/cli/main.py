@@ -10,6 +10,7 @@ import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 
 from inlay import __version__
 from inlay.cli import arguments
@@ -72,4 +73,13 @@ def _run(command: str, args: Namespace) -> int:
 
 def run() -> None:
     """Entry point of the installed command."""
-    sys.exit(main())
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding has not
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader went away, as in `inlay plan --json | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141  # what a shell reports for a program that SIGPIPE ended
+    sys.exit(code)

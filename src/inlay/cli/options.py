@@ -54,7 +54,7 @@ def boolean(text: str) -> bool:
 
 
 class Items(argparse.Action):
-    """A list with spaces, commas or both; a path that is there keeps its comma."""
+    """A list with spaces, commas or both, in one option or several; a path that is there keeps its comma."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         items: list[str] = []
@@ -62,7 +62,7 @@ class Items(argparse.Action):
             items += [value] if os.path.exists(value) else [part for part in value.split(",") if part]
         if not items:
             parser.error(f"{option_string} is empty")
-        setattr(namespace, self.dest, items)
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), *items])
 
 
 def add_flag(parser: argparse._ActionsContainer, *names: str, help: str) -> None:
@@ -128,13 +128,14 @@ def add_printing(parser: argparse.ArgumentParser) -> None:
 
 def torch_dtype(args: argparse.Namespace) -> str | None:
     """The type asked for by any of its three options."""
+    from inlay.dtypes import BY_TORCH_NAME
     from inlay.errors import InputError
 
-    asked = {name for name, there in (("float16", args.fp16), ("bfloat16", args.bf16)) if there}
-    asked |= {args.torch_dtype} if args.torch_dtype else set()
-    if len(asked) > 1:
+    flags = (("float16", args.fp16), ("bfloat16", args.bf16), (args.torch_dtype, args.torch_dtype != "auto"))
+    asked = [name for name, there in flags if name and there]
+    if len({BY_TORCH_NAME.get(name.lower().removeprefix("torch."), name) for name in asked}) > 1:
         raise InputError(f"contradicting types: {', '.join(sorted(asked))}; give one")
-    return asked.pop() if asked else None
+    return asked[0] if asked else None
 
 
 def weights(args: argparse.Namespace) -> list[float] | None:

@@ -9,12 +9,12 @@ from typing import Any
 
 
 class Bar:
-    """Counts bytes from any thread; draws nothing when quiet or when stderr is not a terminal that shows it."""
+    """Counts bytes from any thread; draws nothing when quiet, or where stderr is not a terminal."""
 
     def __init__(self, total: int, label: str, quiet: bool) -> None:
         self._bar: Any = None
         self._lock = threading.Lock()
-        if not quiet:
+        if not quiet and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(

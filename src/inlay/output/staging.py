@@ -21,14 +21,11 @@ from inlay.errors import OutputError
 
 RECORDS = ".inlay-records"
 INPUTS = "inputs.json"
-LOCK = "lock"
-ASIDE = ".records"  # where the records wait while the folder is being published
-NO_LOCK = -1
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 class Staging:
-    """The staging folder of one plan for one destination; holds its lock while open.
+    """The staging folder of one plan for one destination; while it is open, no other run writes there.
 
     `plan` names the folder, `inputs` describes the files it is made from: records made from other inputs
     are not taken up.
@@ -39,31 +36,49 @@ class Staging:
         self._prefix = f".{self.destination.name}.inlay-"
         self.path = self.destination.parent / (self._prefix + plan.removeprefix("blake3:")[:16])
         self._records = self.path / RECORDS
-        self._made: list[Path] = []
         self._inputs = inputs
-        self._lock: int | None = None
+        self._made: list[Path] = []
+        self._lock = _Lock(self.destination.parent / f".{self.destination.name}.inlay.lock")
 
     def __enter__(self) -> Staging:
         try:
-            self._made = _make_folders(self.path.parent)
-            self._remove_others()
-            self._records.mkdir(parents=True, exist_ok=True)
+            self._made = _make_folders(self.destination.parent)
+            self._lock.acquire(self.destination)
+            self._prepare()
+        except OutputError:
+            self._leave()
+            raise
         except OSError as error:
-            raise OutputError(f"{self.path.parent}: cannot be written: {error.strerror}") from None
-        self._lock = _lock(self._records / LOCK)
-        if self._lock is None:
-            raise OutputError(f"{self.destination}: another run is writing it; wait for that one to end")
-        if self._stored_inputs() != self._inputs:
-            self._clear()
-            write_durably(self._records / INPUTS, json.dumps(self._inputs).encode())
+            self.discard()
+            self._leave()
+            raise OutputError(f"{self.destination}: cannot be written: {error.strerror or error}") from None
+        except BaseException:
+            self._leave()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._leave()
+
+    def _prepare(self) -> None:
+        for other in self.path.parent.glob(f"{glob.escape(self._prefix)}*"):
+            if other != self.path:
+                _remove(other)
+        self._records.mkdir(parents=True, exist_ok=True)
+        if self._stored_inputs() != self._inputs:
+            for entry in list(os.scandir(self.path)):
+                _remove(Path(entry.path))
+            write_durably(self._records / INPUTS, json.dumps(self._inputs).encode())
+
+    def _leave(self) -> None:
+        """Let the next run in; folders that were made and hold nothing are removed again."""
+        self._lock.release()
+        for folder in self._made:
+            if not folder.is_dir() or os.listdir(folder):
+                return
+            folder.rmdir()
 
     def _stored_inputs(self) -> Any:
         try:
@@ -71,35 +86,9 @@ class Staging:
         except (OSError, ValueError):
             return None
 
-    def _clear(self) -> None:
-        for entry in os.scandir(self.path):
-            if entry.name != RECORDS:
-                _remove(Path(entry.path))
-        for entry in os.scandir(self._records):
-            if entry.name != LOCK:
-                _remove(Path(entry.path))
-
-    def _remove_others(self) -> None:
-        """Remove staging folders of other plans for this destination, unless a live run holds them."""
-        found = self.path.parent.glob(f"{glob.escape(self._prefix)}*")
-        for other in {path.with_name(path.name.removesuffix(ASIDE)) for path in found} - {self.path}:
-            aside = other.with_name(other.name + ASIDE)
-            records = other / RECORDS if (other / RECORDS).is_dir() else aside
-            lock = _lock(records / LOCK) if records.is_dir() else NO_LOCK
-            if lock is not None:
-                _remove(other)
-                _remove(aside)
-                if lock != NO_LOCK:
-                    os.close(lock)
-
     def discard(self) -> None:
-        """Remove the folder, and those made to hold it: the plan cannot be carried out."""
+        """Remove the folder: the plan cannot be carried out."""
         _remove(self.path)
-        for folder in self._made:
-            if os.listdir(folder):
-                return
-            folder.rmdir()
-        _remove(self._records)
 
     def record(self, name: str) -> dict[str, Any] | None:
         """The record of a finished file, or None."""
@@ -115,10 +104,7 @@ class Staging:
 
     def publish(self) -> None:
         """Put the folder in place of the destination. Everything in it must be synced."""
-        aside = self.path.with_name(self.path.name + ASIDE)
-        _remove(aside)
-        os.rename(self._records, aside)  # with the lock in it
-        self._records = aside
+        _remove(self._records)
         sync_tree_folders(self.path)
         if os.path.lexists(self.destination):
             _exchange(self.path, self.destination)
@@ -126,7 +112,48 @@ class Staging:
             os.rename(self.path, self.destination)
         sync_folder(self.destination.parent)
         _remove(self.path)
-        _remove(aside)
+
+
+class _Lock:
+    """A lock file beside a destination, removed when it is let go."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd: int | None = None
+
+    def acquire(self, what: Path) -> None:
+        """Raises OutputError if another process holds it."""
+        import fcntl
+
+        while self._fd is None:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                raise OutputError(f"{what}: another run is writing it; wait for that one to end") from None
+            except OSError:  # a file system without locks: nothing can be said, so go on
+                self._fd = fd
+                return
+            if self._is_current(fd):
+                self._fd = fd
+            else:  # the last holder removed the file between our open and our lock
+                os.close(fd)
+
+    def _is_current(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(fd), os.stat(self._path))
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        if self._fd is None:
+            return
+        try:
+            self._path.unlink(missing_ok=True)
+        finally:
+            os.close(self._fd)
+            self._fd = None
 
 
 def _make_folders(path: Path) -> list[Path]:
@@ -142,21 +169,6 @@ def _make_folders(path: Path) -> list[Path]:
 
 def _flat(name: str) -> str:
     return name.replace("/", "%2F")
-
-
-def _lock(path: Path) -> int | None:
-    """An exclusive lock on `path`, or None if another process has it."""
-    import fcntl
-
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    except OSError:  # a file system without locks: nothing can be said, so go on
-        return fd
-    return fd
 
 
 def _exchange(new: Path, old: Path) -> None:

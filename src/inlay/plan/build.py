@@ -183,9 +183,9 @@ class _Planner:
                 )
 
     def _drafts(self, contributions: Sequence[Contribution]) -> tuple[dict[str, Draft], Untied | None]:
-        roots = {adapter_root(i): a.path for i, a in enumerate(self.adapters)}
+        roots = {BASE: self.base.path} | {adapter_root(i): a.path for i, a in enumerate(self.adapters)}
         with SpanReader(roots) as reader:
-            drafts = combine(contributions, self.settings.combine, reader, self.problems, self.notes)
+            drafts = combine(contributions, self.base, self.settings.combine, reader, self.problems, self.notes)
         untied = settle_ties(self.base, contributions, drafts, self.problems, self.notes)
         return drafts, untied
 
@@ -205,7 +205,7 @@ class _Planner:
         for shard in self.base.shards:
             refs = (TensorRef.of(BASE, shard.file, t) for t in shard.tensors)
             by_shard.append((shard.file, [self._entry(ref.key, ref, drafts.get(ref.key, Draft())) for ref in refs]))
-        for key in drafts.keys() - self.base.tensors.keys():
+        for key in [key for key in drafts if key not in self.base.tensors]:
             self._add_new(key, drafts[key], by_shard, untied)
         return layout.lay_out(self.base, by_shard, self.settings.max_shard_bytes)
 

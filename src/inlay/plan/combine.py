@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from inlay.checkpoints.spans import SpanReader, TensorRef
+from inlay.checkpoints.checkpoint import Checkpoint
+from inlay.checkpoints.spans import BASE, SpanReader, TensorRef
 from inlay.dtypes import F64Array, decode
 from inlay.errors import Problem
 from inlay.plan.contribute import Contribution
@@ -38,13 +39,33 @@ class Draft:
         return Draft(self.source, list(self.patches), list(self.steps), set(self.by))
 
 
+def _weight_problems(found: Contribution) -> list[Problem]:
+    """A factor scales a sum; it has no meaning for a DoRA or for a tensor that is replaced."""
+    if found.weight == 1.0:
+        return []
+    dora = any(step.tuner == "dora" for steps in found.steps.values() for step in steps)
+    there = (("DoRA", dora), ("full copies", found.copies), ("token rows", found.rows))
+    kinds = " and ".join(name for name, has in there if has)
+    if not kinds:
+        return []
+    return [Problem(found.adapter.name, f"weight {found.weight:g} has no meaning for {kinds}; use 1.0")]
+
+
 def combine(
-    contributions: Sequence[Contribution], method: str, reader: SpanReader, problems: list[Problem], notes: list[str]
+    contributions: Sequence[Contribution],
+    base: Checkpoint,
+    method: str,
+    reader: SpanReader,
+    problems: list[Problem],
+    notes: list[str],
 ) -> dict[str, Draft]:
     """Drafts by key, in the order in which keys are first touched."""
     drafts: dict[str, Draft] = {}
     merge = _Combiner([c.adapter.name for c in contributions], method, reader, problems, notes)
     for contribution in contributions:
+        if len(contributions) > 1 or contribution.weight != 1.0:
+            merge.drop_copies_of_base(contribution, base)
+        problems += _weight_problems(contribution)
         for key in sorted(contribution.keys):
             merge.add(key, drafts.setdefault(key, Draft()), contribution)
     return drafts
@@ -59,6 +80,14 @@ class _Combiner:
         self.reader = reader
         self.problems = problems
         self.notes = notes
+
+    def drop_copies_of_base(self, contribution: Contribution, base: Checkpoint) -> None:
+        """PEFT saves embeddings beside a LoRA on them; a copy that equals the base replaces nothing."""
+        for key, ref in list(contribution.copies.items()):
+            if key in base.tensors and key not in contribution.saved:
+                shard, info = base.tensors[key]
+                if self._same(ref, TensorRef.of(BASE, shard.file, info)):
+                    del contribution.copies[key]
 
     def add(self, key: str, draft: Draft, contribution: Contribution) -> None:
         """Let one more adapter act on a key."""

@@ -51,22 +51,7 @@ def contribute(adapter: Adapter, position: int, weight: float, base: Checkpoint)
         place.module(module, parts)
     for name, tensor in adapter.full.items():
         place.full_copy(name, tensor)
-    _check_weight(found)
     return found
-
-
-def _check_weight(found: Contribution) -> None:
-    """A factor scales a sum; it has no meaning for a DoRA or for a tensor that is replaced."""
-    if found.weight == 1.0:
-        return
-    dora = any(step.tuner == "dora" for steps in found.steps.values() for step in steps)
-    kinds = [
-        name for name, there in (("DoRA", dora), ("full copies", found.copies), ("token rows", found.rows)) if there
-    ]
-    if kinds:
-        found.problems.append(
-            Problem(found.adapter.name, f"weight {found.weight:g} has no meaning for {' and '.join(kinds)}; use 1.0")
-        )
 
 
 class _Placer:

@@ -219,10 +219,12 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the merge: base headers, adapter contents, settings and steps; no paths, no times."""
+        """Identity of the merge: base headers, adapter contents, settings and steps; no names, no paths, no times."""
         value = to_json(self)
         for name in ("inputs", "warnings", "notes", "cost", "base_name"):
             del value[name]
+        for adapter in value["adapters"]:
+            del adapter["name"], adapter["base_model"]
         return digest_json(value)
 
     @cached_property

@@ -66,7 +66,6 @@ def run_plan(
             sync_folder(staging.path)
             if check is not None:
                 check(staging.path)
-            staging.publish()
         except InlayError:
             staging.discard()
             raise
@@ -74,7 +73,20 @@ def run_plan(
             staging.discard()
             where = f" ({error.filename})" if error.filename else ""
             raise OutputError(f"{destination}: {error.strerror or error}{where}; nothing was written") from error
+        _publish(staging, plan, exist_ok)
     return RunResult(destination, plan.cost.written, len(plan.shards))
+
+
+def _publish(staging: Staging, plan: Plan, exist_ok: bool) -> None:
+    """Publish, unless something has come to the destination meanwhile; the work is kept for a rerun then."""
+    problems = check_destination(staging.destination, plan.roots, exist_ok, 0)
+    if problems:
+        raise PlanError(problems, ["The merged model is kept beside it; the same command with another answer goes on."])
+    try:
+        staging.publish()
+    except OSError as error:
+        staging.discard()
+        raise OutputError(f"{staging.destination}: cannot be put in place: {error.strerror or error}") from error
 
 
 def _ignore(_: int) -> None:

@@ -202,7 +202,7 @@ def _finish(staging: Staging, file: str, result: ShardResult) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-    staging.put_record(file, {"nbytes": result.nbytes, "digests": result.digests})
+    staging.put_record(file, {"digests": result.digests})
 
 
 def _taken_up(staging: Staging, shard: ShardPlan, layout: Layout, reader: SpanReader) -> ShardResult | None:
@@ -211,13 +211,17 @@ def _taken_up(staging: Staging, shard: ShardPlan, layout: Layout, reader: SpanRe
     Computed tensors are compared by digest, copied spans with their source.
     """
     record, path = staging.record(shard.file), staging.path / shard.file
-    if record is None or not path.is_file() or {path.stat().st_size, record["nbytes"]} != {layout.nbytes}:
+    digests = record.get("digests") if record else None
+    if not isinstance(digests, dict) or not path.is_file() or path.stat().st_size != layout.nbytes:
         return None
+    with open(path, "rb") as file:
+        if file.read(len(layout.header)) != layout.header:
+            return None
     with SpanReader({"staged": staging.path}) as staged:
         for entry in shard.entries:
             place = TensorRef.of("staged", shard.file, layout.places[entry.key])
             found = tensor_digest(staged, place)
-            wanted = tensor_digest(reader, entry.source) if entry.copied else record["digests"].get(entry.key)
+            wanted = tensor_digest(reader, entry.source) if entry.copied else digests.get(entry.key)
             if found != wanted:
                 return None
-    return ShardResult(layout.nbytes, dict(record["digests"]))
+    return ShardResult(layout.nbytes, dict(digests))

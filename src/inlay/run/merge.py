@@ -171,6 +171,8 @@ class Merger:
                 magnitude = magnitude[first:last]
             weight = dora.merge(weight, {**parts, "magnitude": magnitude}, loaded.step.scaling, length)
         bits, open_ = weight.rounded(self.entry.dtype)
+        if all(loaded.magnitude is None for loaded in self._loaded):
+            open_ |= ~np.isfinite(weight.value) & np.isfinite(base.value)  # a sum that left the range on its way
         return self._settled(first, bits, open_, base.value, lefts)
 
     def _on_device(self, first: int, raw: Array) -> Array:
@@ -224,7 +226,9 @@ class Merger:
         for index in result.open.tolist():
             i, j = divmod(index, self.cols)
             out[i, j] = self._sum_exactly(float(decode(raw[i, j : j + 1], source)[0]), left[i], j)
-        return result.finite
+        if result.open.size == 0:
+            return result.finite
+        return bool(is_finite(out, dtype).all())  # what was open is decided now, to a finite value or not
 
     def _sum_exactly(self, base: float, left: npt.NDArray[np.float32], j: int) -> Array:
         steps, at = [], 0

@@ -27,6 +27,8 @@
 #define LANES 8
 #define ROWS 4
 #define PIECE 16
+#define NEUTRAL -1.0f
+#define WILD -2.0f
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -105,8 +107,9 @@ typedef struct {
   const float *l, *packed, *column_norm;
   const double *scale; /* one per rank component: each adapter's own */
   float *scaled;       /* (rows rounded up to ROWS, rank): c_k l_ik in float32 */
-  float *row_bound;    /* (rows,) */
+  float *row_bound;    /* (rows,); NEUTRAL for a row without factor, WILD for one that float32 cannot hold */
   double *row_norm;    /* (rows,): |c l_i|, rounded up */
+  double largest_norm; /* of a column of r */
   int64_t *open_list;
   Py_ssize_t open_capacity, open_count, nonfinite; /* nonfinite: 0 or 1 */
 } tile;
@@ -121,8 +124,8 @@ static void decide_in_double(tile *t, Py_ssize_t i, Py_ssize_t j) {
   double e = 1.01 * (t->rank + 5) * 0x1p-53 * t->row_norm[i] * t->column_norm[j] + 0x1p-51 * fabs(v) + 0x1p-1060;
   uint16_t low = round_double(v - e, t->out_kind), high = round_double(v + e, t->out_kind);
   t->out[i * t->cols + j] = low;
-  if (!isfinite(v)) t->out[i * t->cols + j] = 0x7fff;
-  else if (low != high) {
+  if (!isfinite(load(t->w, t->w_kind, i * t->cols + j))) t->out[i * t->cols + j] = 0x7fff;
+  else if (low != high || !isfinite(v)) {
     if (t->open_count < t->open_capacity) t->open_list[t->open_count] = i * t->cols + j;
     t->open_count++;
   }
@@ -201,7 +204,11 @@ INLINE void merge_row(tile *t, Py_ssize_t i, Py_ssize_t j0, Py_ssize_t width, co
   float w[PANEL];
   uint16_t low[PANEL], high[PANEL];
   load_row(t, at, width, w_kind, w);
-  if (t->row_norm[i] == 0) { /* a zero factor keeps the weights, the sign of zero too */
+  if (t->row_bound[i] == WILD) {
+    for (Py_ssize_t j = 0; j < width; j++) decide_in_double(t, i, j0 + j);
+    return;
+  }
+  if (t->row_bound[i] == NEUTRAL) { /* a zero factor keeps the weights, the sign of zero too */
     for (int j = 0; j < PANEL; j++) low[j] = round_to(w[j], w_kind, out_kind);
     memcpy(t->out + at, low, width * sizeof *low);
     return;
@@ -233,16 +240,24 @@ INLINE void merge_kinds(tile *t, int w_kind, int out_kind) {
 /* c_k l_ik in float32, the length of each row and its share of the error bound. */
 static void scale_rows(tile *t) {
   const Py_ssize_t rank = t->rank;
+  for (Py_ssize_t j = 0; j < (rank ? t->cols : 0); j++)
+    if (t->column_norm[j] > t->largest_norm) t->largest_norm = t->column_norm[j];
   const double additions = (rank < PIECE ? rank : PIECE) + rank / PIECE + 6;
   for (Py_ssize_t i = 0; i < t->rows; i++) {
     double squares = 0;
+    int live = 0, wild = 0;
     for (Py_ssize_t k = 0; k < rank; k++) {
       double c = t->scale[k] * (double)t->l[i * rank + k];
       t->scaled[i * rank + k] = (float)c;
       squares += c * c;
+      if (t->scale[k] != 0 && t->l[i * rank + k] != 0) {
+        live = 1;
+        wild |= !(fabs(c) > 0x1p-100 && fabs(c) < 0x1p100);
+      }
     }
-    t->row_norm[i] = 1.0001 * sqrt(squares);
-    t->row_bound[i] = (float)(1.01 * additions * 0x1p-24 * t->row_norm[i]);
+    t->row_norm[i] = 1.0001 * sqrt(squares) + 0x1p-1000;
+    wild |= t->row_norm[i] * t->largest_norm > 0x1p120;
+    t->row_bound[i] = !live ? NEUTRAL : wild ? WILD : (float)(1.01 * additions * 0x1p-24 * t->row_norm[i]);
   }
 }
 

@@ -31,13 +31,15 @@ class Bounded:
 
     def rounded(self, dtype: DType) -> tuple[Array, npt.NDArray[np.bool_]]:
         """Stored bits, and which elements the bound leaves open between two of them."""
-        low = round_nearest(self.value - self.error, dtype)
-        high = round_nearest(self.value + self.error, dtype)
+        with np.errstate(invalid="ignore", over="ignore"):
+            low = round_nearest(self.value - self.error, dtype)
+            high = round_nearest(self.value + self.error, dtype)
         exact = np.broadcast_to(self.error == 0, low.shape)
         # Where nothing was added, -0.0 - 0.0 and -0.0 + 0.0 differ; the value itself is the answer.
         bits = np.where(exact, round_nearest(self.value, dtype), low) if exact.any() else low
         kind = f"u{low.dtype.itemsize}"
-        return bits, (low.view(kind) != high.view(kind)) & ~exact & np.isfinite(self.value)
+        open_ = (low.view(kind) != high.view(kind)) | ~np.isfinite(self.error)
+        return bits, open_ & ~exact & np.isfinite(self.value)
 
 
 def product(left: F64Array, right: F64Array, scaling: float) -> tuple[F64Array, F64Array]:
@@ -47,5 +49,13 @@ def product(left: F64Array, right: F64Array, scaling: float) -> tuple[F64Array, 
     section 3.1), with Cauchy-Schwarz for the sum of magnitudes.
     """
     rank = left.shape[1]
-    norms = np.outer(np.sqrt((left * left).sum(axis=1)), np.sqrt((right * right).sum(axis=0)))
-    return scaling * (left @ right), (SLACK * (rank + 3) * U * abs(scaling)) * norms
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        norms = np.outer(_norm(left, 1), _norm(right, 0))
+        return scaling * (left @ right), (SLACK * (rank + 3) * U * abs(scaling)) * norms + TINY
+
+
+def _norm(x: F64Array, axis: int) -> F64Array:
+    """Euclidean norm, an upper bound where squares would underflow."""
+    largest = np.abs(x).max(axis=axis, initial=0.0)
+    norm: F64Array = np.sqrt((x * x).sum(axis=axis))
+    return np.where(largest < 2.0**-500, largest * np.sqrt(x.shape[axis]), norm)

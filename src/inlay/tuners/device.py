@@ -54,15 +54,24 @@ def merge(
     error = torch.zeros_like(value)
     for left, right, scaling in pairs:
         l, r = torch.from_numpy(left).to(device), torch.from_numpy(right).to(device)  # noqa: E741
-        bound = (SLACK * (l.shape[1] + 3) * U * abs(scaling)) * torch.outer(l.norm(dim=1), r.norm(dim=0))
-        neutral = bound == 0
+        bound = (SLACK * (l.shape[1] + 3) * U * abs(scaling)) * torch.outer(_norm(l, 1), _norm(r, 0))
+        neutral = ~l.any(dim=1)[:, None] | ~r.any(dim=0)[None, :] | (scaling == 0)
         value = torch.where(neutral, value, value + scaling * (l @ r))
         error = error + torch.where(neutral, 0.0, SLACK * (bound + U * value.abs()) + TINY)
     low, high = _rounded(value - error, dtype), _rounded(value + error, dtype)
     exact = error == 0
     bits = torch.where(exact, _rounded(value, dtype), low)
-    open_ = (low != high) & ~exact & value.isfinite()
+    open_ = ((low != high) | ~error.isfinite()) & ~exact & value.isfinite()
+    open_ |= ~value.isfinite() & stored.double().isfinite()
     return bits.cpu().numpy().view(np.dtype(dtype.raw)), open_.cpu().numpy()
+
+
+def _norm(x: torch.Tensor, axis: int) -> torch.Tensor:
+    """Euclidean norm, an upper bound where squares would underflow."""
+    import torch
+
+    largest = x.abs().amax(dim=axis)
+    return torch.where(largest < 2.0**-500, largest * float(x.shape[axis]) ** 0.5, x.norm(dim=axis))
 
 
 def _rounded(x: torch.Tensor, dtype: DType) -> torch.Tensor:

@@ -23,7 +23,8 @@ ADDITIVE = True
 def merge(weight: Bounded, parts: Mapping[str, F64Array], scaling: float) -> Bounded:
     """Merged rows; a row or column whose factor is zero comes back as it was, the sign of zero included."""
     delta, error = product(parts["left"], parts["right"], scaling)
-    neutral = error == 0
-    value = np.where(neutral, weight.value, weight.value + delta)
-    added = SLACK * (error + U * np.abs(value)) + TINY
+    neutral = np.logical_or.outer(~parts["left"].any(axis=1), ~parts["right"].any(axis=0)) | (scaling == 0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        value = np.where(neutral, weight.value, weight.value + delta)
+        added = SLACK * (error + U * np.abs(value)) + TINY
     return Bounded(value, weight.error + np.where(neutral, 0.0, added))

@@ -30,7 +30,7 @@ def check_tensors(plan: Plan, merged: Checkpoint, full: bool) -> Iterator[Tensor
     with SpanReader({**plan.roots, MERGED: merged.path}) as reader:
         for entry in plan.entries.values():
             yield _check(reader, plan, entry, merged, full)
-    for key in merged.tensors.keys() - plan.entries.keys():
+    for key in sorted(merged.tensors.keys() - plan.entries.keys()):
         yield TensorVerdict(key, report.EXTRA)
 
 
