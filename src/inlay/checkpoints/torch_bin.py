@@ -17,12 +17,13 @@ import math
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from inlay.checkpoints.header import LFS_POINTER, TensorInfo
+from inlay.checkpoints.header import LFS_POINTER, MAX_HEADER_BYTES, MAX_SIZE, TensorInfo
 from inlay.dtypes import DTYPES, DType
 from inlay.errors import CheckpointError
 
@@ -34,74 +35,116 @@ STORAGE_TYPES = {
 # What pickle, zipfile and struct raise on broken input.
 BROKEN = (
     zipfile.BadZipFile, struct.error, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
-    OverflowError, MemoryError, RecursionError, NotImplementedError, RuntimeError,
+    OverflowError, MemoryError, RecursionError, NotImplementedError, RuntimeError, OSError,
 )  # fmt: skip
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
+class _Sealed:
+    """Base of all that a pickle can get hold of: it cannot be given another state."""
+
+    def __setstate__(self, state: object) -> None:
+        raise pickle.UnpicklingError("it wants to change what it was given")
+
+
 @dataclass(frozen=True)
-class _Storage:
+class _Storage(_Sealed):
+    """`dtype` is None for an untyped storage, whose `count` is in bytes."""
+
     key: str
-    dtype: DType
+    dtype: DType | None
     count: int
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class _Tensor(_Sealed):
     storage: _Storage
+    dtype: DType
     offset: int  # elements
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
 
-class _StorageType(str):
-    """A storage class named in the pickle; never called."""
+@dataclass(frozen=True)
+class _Name(_Sealed):
+    """A name of the pickle: a function to call, a storage type or a dtype to refer to; never a real class."""
+
+    call: Callable[..., Any] | None = None
+    dtype: DType | None = None
+    is_storage: bool = False
+
+    def __call__(self, *args: Any) -> Any:
+        if self.call is None:
+            raise pickle.UnpicklingError("it wants to call a type")
+        return self.call(*args)
 
 
 class _State(dict):  # type: ignore[type-arg]
-    """An OrderedDict of the pickle; a plain dict cannot take the `_metadata` that modules hang on it."""
+    """An OrderedDict of the pickle; the `_metadata` that modules hang on it is dropped."""
+
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Tensor:
-    if not isinstance(storage, _Storage):
-        raise pickle.UnpicklingError("a tensor without a storage")
-    sizes = (offset, *shape, *stride)
-    if not all(isinstance(n, int) and n >= 0 for n in sizes) or len(shape) != len(stride):
-        raise pickle.UnpicklingError(f"a tensor of shape {shape!r} and strides {stride!r}")
-    return _Tensor(storage, offset, tuple(shape), tuple(stride))
+    if not isinstance(storage, _Storage) or storage.dtype is None:
+        raise pickle.UnpicklingError("a tensor without a typed storage")
+    return _described(storage, storage.dtype, offset, shape, stride)
+
+
+def _rebuild_tensor_v3(
+    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
+) -> _Tensor:
+    """Types that have no storage class of their own, such as float8, lie in untyped storages."""
+    if not isinstance(storage, _Storage) or not isinstance(dtype, _Name) or dtype.dtype is None:
+        raise pickle.UnpicklingError("a tensor without a storage and a dtype")
+    return _described(storage, dtype.dtype, offset, shape, stride)
+
+
+def _described(storage: _Storage, dtype: DType, offset: Any, shape: Any, stride: Any) -> _Tensor:
+    if not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)):
+        raise pickle.UnpicklingError(f"a tensor of shape {shape!r:.80} and strides {stride!r:.80}")
+    if not all(type(n) is int and 0 <= n < MAX_SIZE for n in (offset, *shape, *stride)):
+        raise pickle.UnpicklingError(f"a tensor of shape {shape!r:.80} and strides {stride!r:.80} at {offset!r:.80}")
+    return _Tensor(storage, dtype, offset, shape, stride)
 
 
 def _rebuild_parameter(data: Any, *_: Any) -> Any:
     return data
 
 
-ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): _State,
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+ALLOWED = {
+    ("collections", "OrderedDict"): _Name(lambda *items: _State(*items)),
+    ("torch._utils", "_rebuild_tensor"): _Name(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): _Name(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v3"): _Name(_rebuild_tensor_v3),
+    ("torch._utils", "_rebuild_parameter"): _Name(_rebuild_parameter),
+    ("torch.storage", "UntypedStorage"): _Name(is_storage=True),
+    ("torch", "UntypedStorage"): _Name(is_storage=True),
+    **{("torch", name): _Name(dtype=DTYPES[dtype], is_storage=True) for name, dtype in STORAGE_TYPES.items()},
+    **{("torch", d.torch): _Name(dtype=d) for d in DTYPES.values() if d.torch and d.bits >= 8},
 }
 
 
-class _Reader(pickle.Unpickler):
-    """An unpickler that can name nothing outside ALLOWED and the storage types."""
+# The interpreter of pickle that is written in Python keeps its memo in a dictionary; the compiled one
+# allocates it up to the largest number that the file names.
+class _Reader(pickle._Unpickler):
+    """An unpickler that can name nothing outside ALLOWED."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in ALLOWED:
             return ALLOWED[module, name]
-        if module == "torch" and name in STORAGE_TYPES:
-            return _StorageType(name)
         raise pickle.UnpicklingError(f"it wants to use {module}.{name}")
 
     def persistent_load(self, pid: Any) -> _Storage:
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], _StorageType):
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], _Name):
             raise pickle.UnpicklingError(f"unknown reference {pid!r:.80}")
-        key, count = pid[2], pid[4]
-        if not isinstance(key, str) or not isinstance(count, int) or count < 0:
+        kind, key, count = pid[1], pid[2], pid[4]
+        if not kind.is_storage or not isinstance(key, str) or type(count) is not int or count < 0:
             raise pickle.UnpicklingError(f"unknown reference {pid!r:.80}")
         if len(pid) > 5 and pid[5] is not None:
             raise pickle.UnpicklingError("a view of a storage, as torch < 0.4 wrote it")
-        return _Storage(key, DTYPES[STORAGE_TYPES[pid[1]]], count)
+        return _Storage(key, kind.dtype, count)
 
 
 def read_torch_bin(path: Path) -> tuple[TensorInfo, ...]:
@@ -137,9 +180,9 @@ def _read_zip(file: IO[bytes], path: Path) -> tuple[Any, Mapping[str, tuple[int,
             raise CheckpointError(f"{path}: expected one data.pkl in the archive, found {len(pickles)}")
         root = pickles[0][: -len("data.pkl")]
         order = infos.get(root + "byteorder")
-        if order is not None and archive.read(order) != b"little":
+        if order is not None and _member(file, order, path) != b"little":
             raise CheckpointError(f"{path}: stored in big-endian order; save it again on a little-endian machine")
-        state = _Reader(io.BytesIO(archive.read(pickles[0]))).load()
+        state = _Reader(io.BytesIO(_member(file, infos[pickles[0]], path))).load()
         prefix = root + "data/"
         places = {
             name[len(prefix) :]: _stored_span(file, info, path)
@@ -155,11 +198,23 @@ def _stored_span(file: IO[bytes], info: zipfile.ZipInfo, path: Path) -> tuple[in
         raise CheckpointError(f"{path}: member {info.filename} is compressed; torch.save stores it as it is")
     file.seek(info.header_offset)
     local = file.read(30)
-    if len(local) < 30 or local[:4] != b"PK\x03\x04":
+    name_length, extra_length = struct.unpack("<HH", local[26:30]) if len(local) == 30 else (0, 0)
+    if local[:4] != b"PK\x03\x04" or file.read(name_length) != info.filename.encode():
         raise CheckpointError(f"{path}: broken archive at member {info.filename}")
-    name_length, extra_length = struct.unpack("<HH", local[26:30])
     start = info.header_offset + 30 + name_length + extra_length
     return start, start + info.file_size
+
+
+def _member(file: IO[bytes], info: zipfile.ZipInfo, path: Path) -> bytes:
+    """Content of a small member, checked against its checksum."""
+    start, end = _stored_span(file, info, path)
+    if end - start > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path}: member {info.filename} has {end - start} bytes, too many for a description")
+    file.seek(start)
+    content = file.read(end - start)
+    if zlib.crc32(content) != info.CRC:
+        raise CheckpointError(f"{path}: broken archive: member {info.filename} does not fit its checksum")
+    return content
 
 
 def _read_legacy(file: IO[bytes]) -> tuple[Any, Mapping[str, tuple[int, int]]]:
@@ -171,7 +226,7 @@ def _read_legacy(file: IO[bytes]) -> tuple[Any, Mapping[str, tuple[int, int]]]:
         raise pickle.UnpicklingError("stored in big-endian order")
     state = _Reader(file).load()
     keys = _Reader(file).load()
-    storages = {t.storage.key: t.storage for t in _tensors(state).values()}
+    storages = {t.storage.key: t.storage.dtype for t in _tensors(state).values()}
     places = {}
     at = file.tell()
     for key in keys:
@@ -179,7 +234,8 @@ def _read_legacy(file: IO[bytes]) -> tuple[Any, Mapping[str, tuple[int, int]]]:
         (count,) = struct.unpack("<q", file.read(8))
         if key not in storages:
             raise pickle.UnpicklingError(f"storage {key!r} belongs to no tensor")
-        end = at + 8 + storages[key].dtype.nbytes(count)
+        dtype = storages[key]
+        end = at + 8 + (count if dtype is None else dtype.nbytes(count))
         places[key] = (at + 8, end)
         at = end
     return state, places
@@ -212,7 +268,7 @@ def _spans(state: Any, places: Mapping[str, tuple[int, int]], path: Path) -> Ite
                 f"{path}: {key!r} is stored with strides {t.stride} for shape {t.shape}; "
                 "save the checkpoint again with contiguous tensors (or as safetensors)"
             )
-        dtype = t.storage.dtype
+        dtype = t.dtype
         start = places[t.storage.key][0] + dtype.nbytes(t.offset)
         end = start + dtype.nbytes(math.prod(t.shape))
         if end > min(places[t.storage.key][1], file_nbytes):
