@@ -511,14 +511,14 @@ run()
 
 def test_ctrl_c_ends_a_real_process_with_130(place: Path) -> None:
     words = ["export", "--model", "base", "--adapters", "a", "--merge_lora", "--output_dir", "out", "--quiet"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", SLEEPING, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "writing\n"
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert not (place / "out").exists()

@@ -352,6 +352,35 @@ def test_magnitudes_that_vary_within_a_tensor_are_correctly_rounded(
     check_all_ways(wild(9, 130), (wild(20, 130), wild(9, 20)), 20.0, ["BF16", "F32"], tmp_path, merge_by)
 
 
+def cancelling(generator: Any, size: float, clean: int = 0) -> tuple[Any, Any]:
+    """Factors (64, 5) and (5, 130): two pairs of large products that cancel exactly, and one ordinary product.
+
+    In the first `clean` columns there are no large ones. Sums in floating point are off by `size` · 2**-53.
+    """
+    import torch
+
+    left = torch.randn(64, 3, generator=generator)
+    right = torch.randn(3, 130, generator=generator)
+    right[:2] *= size
+    right[:2, :clean] = 0
+    order = [0, 1, 2, 0, 1]
+    sign = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0])
+    return left[:, order], right[order] * sign[:, None]
+
+
+@pytest.mark.parametrize("size", [2.0**8, 2.0**24])
+def test_large_terms_that_cancel_leave_the_correct_rounding(
+    size: float, tmp_path: Path, merge_by: Callable[..., dict[str, Any]]
+) -> None:
+    """A result of size 1 from terms of `size`: one in some hundred elements is rounded wrongly by plain float64."""
+    import torch
+
+    generator = torch.Generator().manual_seed(15)
+    left, right = cancelling(generator, size)
+    weight = torch.randn(64, 130, generator=generator)
+    check_all_ways(weight, (right, left), 1.7, ["F32", "BF16"], tmp_path, merge_by)
+
+
 @pytest.mark.parametrize("value", [2.0**-280, 2.0**-400, 2.0**-700])
 def test_float64_factors_far_below_one_still_break_a_tie(
     value: float, tmp_path: Path, merge_by: Callable[..., dict[str, Any]]
@@ -543,6 +572,27 @@ def test_dora_is_correctly_rounded(
         for memory in ("1GB", 9000):
             found = merge_by("float64", base, [adapter], TORCH_NAMES[dtype], max_memory=memory)
             assert_same(found[f"{name}.weight"].reshape(9, 30), wanted, f"{layout} to {dtype}")
+
+
+def test_an_inexact_length_does_not_round_a_dora_wrongly(
+    tmp_path: Path, merge_by: Callable[..., dict[str, Any]]
+) -> None:
+    """Half of a row cancels large terms, so its length is off; the other half is exact but for that length."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    generator = torch.Generator().manual_seed(16)
+    left, right = cancelling(generator, 2.0**26, clean=65)
+    weight, magnitude = torch.randn(64, 130, generator=generator), 5 + torch.rand(64, generator=generator)
+    base, adapter = write_pair(tmp_path, {"m": weight}, {"m": (right, left)}, 1.7, {"m": 5})
+    file = adapter / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.m.lora_magnitude_vector": magnitude}, file, {"format": "pt"})
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    pair = float64(left), float64(right), 1.7 / 5
+    exact = dora_exactly(float64(weight), [pair], float64(magnitude), 1)
+    found = merge_by("float64", base, [adapter])["m.weight"]
+    assert_same(found, bits(as_stored(round_decimals(exact, "F32"), "F32")))
 
 
 # --- the kernel on its own ----------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def test_a_tied_base_that_stores_its_head_as_well_gives_the_same_function(kit: K
 )
 @pytest.mark.parametrize("model", ["qwen2-tied", "gpt2-tied"])
 def test_a_tie_that_only_the_class_declares_is_seen(kit: Kit, case: Tied, model: str, tmp_path: Path) -> None:
-    """config.json without `tie_word_embeddings`: GPT-2's class ties by default, Qwen2's does not store a head either."""
+    """config.json without `tie_word_embeddings`: GPT-2 ties by default, and this Qwen2 does not store a head either."""
     names = {"embed_tokens": "wte", "q_proj": "c_attn"} if model == "gpt2-tied" else {}
     config = dict(case.loras[0])
     config["target_modules"] = [names.get(t, t) for t in config["target_modules"]]
