@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from build import (
     BF16,
     CONFIG,
@@ -34,7 +35,6 @@ from build import (
     write_json,
     write_model,
 )
-
 from inlay import make_plan, run_plan, verify
 from inlay.cli.main import main
 from inlay.errors import InlayError, InputError
@@ -207,7 +207,9 @@ def test_two_tensors_of_one_shape_swapped_are_reported(made: Path, tmp_path: Pat
     for path in files_of(tmp_path / "merged"):
         if path.suffix == ".safetensors":
             content = path.read_bytes()
-            path.write_bytes(content.replace(one, b"\0" * 8 + one[8:]).replace(two, one).replace(b"\0" * 8 + one[8:], two))
+            path.write_bytes(
+                content.replace(one, b"\0" * 8 + one[8:]).replace(two, one).replace(b"\0" * 8 + one[8:], two)
+            )
     report = verify(made / "base", [made / "adapter"], tmp_path / "merged")
     assert {t.key for t in report.tensors if t.verdict == "changed"} == {"model.embed_tokens.weight", "lm_head.weight"}
 
@@ -386,7 +388,15 @@ def test_a_mistake_of_another_tool_is_classified_and_named(tmp_path: Path, case:
 def test_the_command_line_names_the_cause(tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
     adapters, formula, verdict, cause = MISTAKES[case]
     bench = Bench(tmp_path, adapters)
-    words = ["verify", "--model", str(bench.base), "--adapters", *map(str, bench.adapters), "--merged", str(bench.write(formula))]
+    words = [
+        "verify",
+        "--model",
+        str(bench.base),
+        "--adapters",
+        *map(str, bench.adapters),
+        "--merged",
+        str(bench.write(formula)),
+    ]
     assert main(words) == (0 if verdict == "rounded" else 1)
     out = capsys.readouterr().out
     if verdict != "unmerged":
@@ -567,7 +577,9 @@ def test_the_merge_of_peft_passes_as_base_and_adapter_up_to_roundings(
     tensors = base_tensors(layers=1, dtype=stored, linears=linears)
     tensors["model.layers.0.post_attention_layernorm.weight"] = tensors["model.norm.weight"]
     base = write_model(tmp_path / "base", tensors, config=config)
-    adapter = write_adapter(tmp_path / "adapter", modules_of(1), config=adapter_config(base_model_name_or_path=str(base)))
+    adapter = write_adapter(
+        tmp_path / "adapter", modules_of(1), config=adapter_config(base_model_name_or_path=str(base))
+    )
     merged = merged_by_peft(base, adapter, tmp_path / "merged", dtype)
     report = verify(base, [adapter], merged)
     assert report.ok, report

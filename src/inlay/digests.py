@@ -33,7 +33,8 @@ def digest_bytes(data: Any) -> str:
 
 def digest_json(value: Any) -> str:
     """Digest of a JSON value in one spelling: sorted keys, no spaces."""
-    return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return digest_bytes(text.encode("utf-8", "surrogatepass"))
 
 
 def digest_file(path: Path) -> str:

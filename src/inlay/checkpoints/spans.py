@@ -97,7 +97,8 @@ class SpanReader:
 
     def rows(self, ref: TensorRef, first: int, last: int, out: Array | None = None) -> Array:
         """Stored bits of rows `[first, last)` of the tensor's matrix, shape (last - first, cols)."""
-        _, cols = ref.matrix
+        count, cols = ref.matrix
+        assert 0 <= first <= last <= count, f"{ref.key} has {count} rows, wanted [{first}, {last})"
         raw = np.dtype(ref.dtype.raw)
         block = np.empty((last - first, cols), raw) if out is None else out[: (last - first) * cols].reshape(-1, cols)
         if block.size:
@@ -107,6 +108,7 @@ class SpanReader:
     def columns(self, ref: TensorRef, first: int, last: int) -> Array:
         """Stored bits of columns `[first, last)` of the tensor's matrix, shape (rows, last - first)."""
         rows, cols = ref.matrix
+        assert 0 <= first <= last <= cols, f"{ref.key} has {cols} columns, wanted [{first}, {last})"
         raw = np.dtype(ref.dtype.raw)
         block = np.empty((rows, last - first), raw)
         for i in range(rows):

@@ -75,7 +75,7 @@ def _merge(plan: Plan, args: argparse.Namespace, output_dir: str) -> Report | No
     found: list[Report] = []
 
     def check(folder: Path) -> None:
-        report = verify_plan(plan, folder, full=args.verify == "full")
+        report = verify_plan(plan, folder, full=args.verify == "full", staged=True)
         found.append(report)
         if not report.exact:
             raise CheckFailed(

@@ -12,10 +12,15 @@ from inlay.errors import Problem
 # A directory with one of these at its top may be replaced by --exist_ok: it is a model or an earlier result.
 REPLACEABLE = ("inlay.json", "config.json", "model.safetensors", "model.safetensors.index.json")
 
+# Names and paths end at 255 and 4096 bytes; a staging folder beside the destination takes more of them.
+LONGEST_NAME, LONGEST_PATH = 200, 3500
+
 
 def check_destination(output: Path, inputs: Mapping[str, Path], exist_ok: bool, needed: int) -> list[Problem]:
     """Everything that speaks against writing `needed` bytes to `output`."""
     where = str(output)
+    if len(os.fsencode(output.name)) > LONGEST_NAME or len(os.fsencode(os.path.abspath(output))) > LONGEST_PATH:
+        return [Problem(f"{where[:60]}…", "is too long a name to write beside; choose a shorter one")]
     if overlap := _overlap(output, inputs):
         return [Problem(where, overlap)]
     problems = []

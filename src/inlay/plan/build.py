@@ -213,9 +213,24 @@ class _Planner:
         source = draft.source or ref
         dtype = self._out_dtype(ref.dtype)
         shape = source.shape
+        self._check_steps(key, source, draft)
         if draft.patches:
             shape = self._grown(key, shape, draft)
         return Entry(key, dtype, shape, source, tuple(draft.patches), tuple(draft.steps))
+
+    def _check_steps(self, key: str, source: TensorRef, draft: Draft) -> None:
+        """A step was fitted to the base, or to its adapter's own copy; another adapter's copy may be longer."""
+        for step in draft.steps:
+            rows = step.left.shape[0] if step.left else 1
+            if (rows, step.right.shape[1]) != source.matrix:
+                names = self.adapters[step.adapter].name, source.root if source.root == BASE else self._owner(source)
+                what = (
+                    f"{names[0]} is for {rows} rows, {names[1]} gives it {source.matrix[0]}; they do not fit together"
+                )
+                self.problems.append(Problem(key, what))
+
+    def _owner(self, ref: TensorRef) -> str:
+        return self.adapters[int(ref.root.removeprefix("adapter"))].name
 
     def _grown(self, key: str, shape: tuple[int, ...], draft: Draft) -> tuple[int, ...]:
         """Rows that trained tokens add beyond the vocabulary must leave no gap."""

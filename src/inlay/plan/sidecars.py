@@ -9,8 +9,10 @@ from typing import Any
 
 from inlay.adapters.adapter import Adapter
 from inlay.checkpoints.checkpoint import Checkpoint
+from inlay.checkpoints.json_files import read_json_object
 from inlay.checkpoints.spans import BASE, adapter_root
 from inlay.dtypes import DTYPES
+from inlay.errors import AdapterError
 from inlay.keys import families
 from inlay.plan.types import Sidecar
 
@@ -87,7 +89,7 @@ def _overlay_tokenizer(
     """Tokenizer files that an adapter brings take the place of the base's; the last adapter wins."""
     for position, adapter in enumerate(adapters):
         brought = [file for file in TOKENIZER_FILES if (adapter.path / file).is_file()]
-        changed = [file for file in brought if not _same_file(adapter.path / file, base.path / file)]
+        changed = [f for f in brought if not _same_file(adapter.path / f, _chosen(found.get(f), base, adapters))]
         for file in changed:
             if file in found and found[file].root != BASE:
                 notes.append(f"{file}: {adapter.name} brings its own, over an earlier adapter's")
@@ -102,12 +104,20 @@ def _overlay_tokenizer(
             )
 
 
-def _same_file(a: Path, b: Path) -> bool:
-    return b.is_file() and a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes()
+def _chosen(sidecar: Sidecar | None, base: Checkpoint, adapters: Sequence[Adapter]) -> Path | None:
+    """Where the file comes from so far."""
+    if sidecar is None:
+        return None
+    folder = base.path if sidecar.root == BASE else adapters[int(sidecar.root.removeprefix("adapter"))].path
+    return folder / sidecar.source
+
+
+def _same_file(a: Path, b: Path | None) -> bool:
+    return b is not None and b.is_file() and a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes()
 
 
 def _has_template(path: Path) -> bool:
-    return b'"chat_template"' in path.read_bytes()
+    return bool(read_json_object(path, AdapterError).get("chat_template"))
 
 
 def config_edits(

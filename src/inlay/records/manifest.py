@@ -22,6 +22,7 @@ from typing import Any
 
 from inlay.checkpoints.json_files import read_json_object
 from inlay.digests import digest_json
+from inlay.dtypes import DTYPES
 from inlay.errors import CheckpointError
 
 FORMAT = 1
@@ -45,8 +46,32 @@ def seal(content: Mapping[str, Any]) -> str:
     return json.dumps(sealed, indent=1, ensure_ascii=False) + "\n"
 
 
+def _well_formed(content: Mapping[str, Any]) -> bool:
+    """Whether the parts that are read have the types they should have."""
+    sections = [content.get(name) for name in ("base", "settings", "tensors", "files")]
+    adapters = content.get("adapters")
+    if not all(isinstance(s, dict) for s in sections) or not isinstance(adapters, list):
+        return False
+    base, settings, tensors, files = sections
+    assert base is not None and settings is not None and tensors is not None and files is not None
+    return (
+        isinstance(base.get("headers"), str)
+        and settings.get("dtype") in (None, *DTYPES)
+        and isinstance(settings.get("combine"), str)
+        and isinstance(settings.get("max_shard_bytes"), (int, type(None)))
+        and all(isinstance(digest, str) for digest in tensors.values())
+        and all(isinstance(f, dict) and isinstance(f.get("nbytes"), int) for f in files.values())
+        and all(isinstance(a, dict) and isinstance(a.get("digest"), str) for a in adapters)
+        and all(isinstance(a.get("weight"), (int, float)) for a in adapters)
+    )
+
+
 def is_sealed(directory: Path) -> bool:
-    """Whether the manifest of `directory` is byte for byte what `seal` wrote."""
+    """Whether the manifest of `directory` is byte for byte what `seal` wrote, and of the form that it should have."""
+    if not (directory / MANIFEST).exists():
+        return False
     content = read_manifest(directory) or {}
     content.pop("digest", None)
-    return (directory / MANIFEST).read_text("utf-8") == seal(content)
+    if not _well_formed(content):
+        return False
+    return (directory / MANIFEST).read_bytes() == seal(content).encode("utf-8", "surrogatepass")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,13 +11,16 @@ from inlay.plan.types import Plan
 
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 # Lines of the base's metadata that stay true of a model merged from it.
-_KEPT = re.compile(r"^(license|license_name|license_link|language|pipeline_tag|library_name):.*$", re.MULTILINE)
+_KEPT = re.compile(
+    r"^(?:license|license_name|license_link|language|pipeline_tag|library_name):.*(?:\n(?:- |[ \t]).*)*", re.MULTILINE
+)
 
 
 def model_card(plan: Plan) -> str:
     """Markdown with the metadata that model hubs read."""
     named = plan.adapters[0].base_model if plan.adapters else None
-    base = named or Path(plan.base_name).name
+    local = named is None or Path(named).is_absolute() or named.startswith((".", "~"))
+    base = Path(named or plan.base_name).name if local else named
     title = " + ".join([Path(plan.base_name).name, *(a.name for a in plan.adapters)])
     rows = "\n".join(
         f"| {a.name} | {a.tuner} | {', '.join(map(str, a.rank))} | {', '.join(f'{s:g}' for s in a.scaling)} "
@@ -25,7 +29,7 @@ def model_card(plan: Plan) -> str:
     )
     share = plan.cost.touched_parameters / max(1, plan.cost.parameters)
     return f"""---
-base_model: {base}
+base_model: {json.dumps(base, ensure_ascii=False)}
 base_model_relation: finetune
 tags:
 - inlay

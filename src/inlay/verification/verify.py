@@ -11,7 +11,7 @@ from inlay.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from inlay.errors import InputError
 from inlay.plan.build import make_plan
 from inlay.plan.types import Plan
-from inlay.records.manifest import read_manifest
+from inlay.records.manifest import MANIFEST, is_sealed, read_manifest
 from inlay.verification.files import check_index, check_own, check_sidecars
 from inlay.verification.report import Report
 from inlay.verification.tensors import check_tensors
@@ -39,7 +39,7 @@ def verify(
     Raises PlanError when the adapters do not fit the base at all.
     """
     folder = Path(merged)
-    manifest = read_manifest(folder) if folder.is_dir() else None
+    manifest = read_manifest(folder) if folder.is_dir() and is_sealed(folder) else None
     read = [a if isinstance(a, Adapter) else read_adapter(a) for a in adapters]
     recorded = manifest["settings"] if manifest else {}
     if weights is None and manifest and [a["digest"] for a in manifest["adapters"]] == [a.digest for a in read]:
@@ -55,15 +55,15 @@ def verify(
     return verify_plan(plan, folder, full=full)
 
 
-def verify_plan(plan: Plan, merged: StrPath, *, full: bool = True) -> Report:
-    """Compare a directory with what `plan` says should be in it."""
+def verify_plan(plan: Plan, merged: StrPath, *, full: bool = True, staged: bool = False) -> Report:
+    """Compare a directory with what `plan` says should be in it; `staged` while the records of a run are in it."""
     checkpoint = open_checkpoint(merged)
     if not checkpoint.tensors:
         raise InputError(f"{merged}: holds no tensors")
-    own = read_manifest(checkpoint.path) is not None
+    own = (checkpoint.path / MANIFEST).exists()
     files = [*check_index(checkpoint), *check_sidecars(plan, checkpoint.path)]
     if own:
-        files += [f for f in check_own(plan, checkpoint) if f.file not in {x.file for x in files}]
+        files += [f for f in check_own(plan, checkpoint, full, staged) if f.file not in {x.file for x in files}]
     return Report(tuple(check_tensors(plan, checkpoint, full)), tuple(files), sampled=not full, own=own)
 
 
