@@ -267,6 +267,44 @@ def test_a_swap_that_the_system_cannot_do_in_one_step_still_ends_whole(
         assert [p.name for p in out.parent.iterdir()] == ["out"], f"step {at}"
 
 
+def test_calls_that_move_fewer_bytes_than_asked_change_nothing(
+    made: Path, tmp_path: Path, clean: dict[str, bytes | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Signals, network file systems and full pipes do that."""
+    real = {name: getattr(os, name) for name in ("pwrite", "pread", "preadv", "copy_file_range", "sendfile")}
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real["pwrite"](fd, bytes(data)[:7], at))
+    monkeypatch.setattr(os, "pread", lambda fd, n, at: real["pread"](fd, min(n, 5), at))
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: real["preadv"](fd, [buffers[0][:11]], at))
+    monkeypatch.setattr(
+        os, "copy_file_range", lambda a, b, n, *where: real["copy_file_range"](a, b, min(n, 13), *where)
+    )
+    go(made, tmp_path / "kernel")
+    assert listing(tmp_path / "kernel") == clean
+
+    def unsupported(*_: Any) -> int:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "copy_file_range", unsupported)
+    go(made, tmp_path / "buffer")
+    assert listing(tmp_path / "buffer") == clean
+
+
+def test_an_unreadable_input_is_told_from_an_unwritable_output(made: Path, tmp_path: Path) -> None:
+    """A failing disk under the base: the message names that, and nothing is left behind."""
+    base = str(made / "base")
+    real = os.preadv
+
+    def failing(fd: int, *args: Any) -> int:
+        if os.readlink(f"/proc/self/fd/{fd}").startswith(base):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return int(real(fd, *args))
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="Input/output error"):
+        patch.setattr(os, "preadv", failing)
+        go(made, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 # ─── going on ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -23,6 +23,7 @@ from build import (
     listing,
     normal,
     raw_file,
+    read_tensors,
     write_adapter,
     write_json,
     write_model,
@@ -31,6 +32,7 @@ from inlay import make_plan, merged_tensors, run_plan, verify
 from inlay.errors import PlanError
 from inlay.plan import memory
 from inlay.plan.types import Plan
+from inlay.records import fingerprint
 
 # ─── the same bytes ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -222,6 +224,26 @@ def test_the_iterator_of_tensors_gives_the_bytes_of_the_files(tmp_path: Path, bu
         assert tensor.dtype == stored[key].dtype
         assert torch.equal(tensor.view(torch.uint8), stored.pop(key).view(torch.uint8)), key
     assert not stored
+
+
+@EVERY_BUILD
+@pytest.mark.parametrize("leaf_nbytes", [64, 1000, 1 << 22])
+def test_the_manifest_holds_the_digest_of_each_changed_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: str, leaf_nbytes: int
+) -> None:
+    """Whole rows of about a leaf's size are digested one by one, then their digests together."""
+    monkeypatch.setattr(fingerprint, "LEAF_BYTES", leaf_nbytes)
+    plan = BUILDS[build](tmp_path, BF16)
+    run_plan(plan, tmp_path / "out", workers=4)
+    manifest = json.loads((tmp_path / "out" / "inlay.json").read_text())
+    assert manifest["tensors"].keys() == {key for key, entry in plan.entries.items() if not entry.copied}
+    for key, (_, shape, data) in read_tensors(tmp_path / "out" / "model.safetensors").items():
+        rows = shape[0] if len(shape) > 1 else 1
+        width = len(data) // rows
+        step = max(1, leaf_nbytes // width) * width
+        leaves = [f"blake3:{blake3(data[at : at + step]).hexdigest()}" for at in range(0, len(data), step)]
+        wanted = f"blake3:{blake3(chr(10).join(leaves).encode()).hexdigest()}"
+        assert manifest["tensors"].get(key, wanted) == wanted, key
 
 
 # ─── the cap in the plan ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -98,7 +98,10 @@ def flips(path: Path, count: int) -> list[tuple[int, int]]:
         header = 8 + int.from_bytes(content[:8], "little")
         places |= {1, 7, 8, header - 1, header, content.index(b'"shape"'), content.index(b"data_offsets")}
     places |= {pick.randrange(size) for _ in range(count)}
-    return [(at, pick.randrange(8)) for at in sorted(places) if size]
+    found = [(at, pick.randrange(8)) for at in sorted(places) if size]
+    if path.suffix == ".safetensors":  # metadata, which no tensor depends on
+        found.append((path.read_bytes().index(b'"pt"') + 1, 0))
+    return found
 
 
 def missed(made: Path, tmp_path: Path, count: int, *, full: bool, only: Callable[[Path], bool]) -> list[str]:

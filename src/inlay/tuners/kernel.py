@@ -17,7 +17,7 @@ from inlay.dtypes import BF16, F16, F32, F64, Array, DType
 
 try:
     from inlay.tuners import _kernel
-except ImportError:  # pragma: no cover - depends on the installation
+except ImportError:  # no C compiler at installation
     _kernel = None  # type: ignore[assignment]
 
 KINDS = {BF16.name: 0, F16.name: 1, F32.name: 2}
