@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from blake3 import blake3
 
 from build import (
     BF16,

@@ -17,9 +17,10 @@ import numpy as np
 from inlay.adapters.adapter import FINGERPRINT_FORMAT
 from inlay.checkpoints.checkpoint import Checkpoint
 from inlay.checkpoints.spans import BASE, SpanReader, TensorRef
-from inlay.digests import digest_bytes, join
+from inlay.digests import hasher, join, name
 
 LEAF_BYTES = 1 << 22
+PIECE_BYTES = 1 << 20
 
 
 def leaf_rows(row_nbytes: int) -> int:
@@ -36,9 +37,13 @@ def tensor_digest(reader: SpanReader, ref: TensorRef) -> str:
 
 
 def _leaf(reader: SpanReader, ref: TensorRef, start: int, end: int) -> str:
-    block = np.empty(end - start, np.uint8)
-    reader.into(ref, start, block)
-    return digest_bytes(block)
+    """Digest of a leaf; one that is a single long row is read in pieces."""
+    h = hasher()
+    for at in range(start, end, PIECE_BYTES):
+        block = np.empty(min(PIECE_BYTES, end - at), np.uint8)
+        reader.into(ref, at, block)
+        h.update(block)
+    return name(h)
 
 
 def make_fingerprint(base: Checkpoint, keys: Iterable[str]) -> Mapping[str, Any]:

@@ -79,7 +79,8 @@ class Merger:
             return self.reader.rows(flat, first, last, buffer)
         there = max(first, min(last, self.entry.source.matrix[0]))
         block = buffer[: (last - first) * self.cols].reshape(last - first, self.cols)
-        self.reader.rows(self.entry.source, first, there, block[: there - first].reshape(-1))
+        if there > first:
+            self.reader.rows(self.entry.source, first, there, block[: there - first].reshape(-1))
         block[there - first :] = 0
         return block
 

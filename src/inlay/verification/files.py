@@ -36,13 +36,15 @@ def check_sidecars(plan: Plan, folder: Path) -> Iterator[FileVerdict]:
         path = folder / sidecar.file
         if not path.is_file():
             yield FileVerdict(sidecar.file, "missing")
-        elif path.read_bytes() != _wanted(plan, sidecar):
+        elif not _as_wanted(plan, sidecar, path):
             yield FileVerdict(sidecar.file, "differs from what was planned")
 
 
-def _wanted(plan: Plan, sidecar: Sidecar) -> bytes:
-    content = (plan.roots[sidecar.root] / sidecar.source).read_bytes()
-    return edit_json(content.decode("utf-8"), sidecar.edits).encode() if sidecar.edits else content
+def _as_wanted(plan: Plan, sidecar: Sidecar, path: Path) -> bool:
+    source = plan.roots[sidecar.root] / sidecar.source
+    if sidecar.edits:
+        return path.read_bytes() == edit_json(source.read_bytes().decode("utf-8"), sidecar.edits).encode()
+    return path.stat().st_size == source.stat().st_size and digest_file(path) == digest_file(source)
 
 
 def check_own(plan: Plan, merged: Checkpoint, full: bool, staged: bool) -> Iterator[FileVerdict]:
