@@ -496,6 +496,8 @@ def test_an_interruption_exits_with_130_and_can_be_gone_on_from(
 
 
 SLEEPING = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
 import os, sys, time
 real = os.pwrite
 def slow(*args):

@@ -15,7 +15,7 @@ from inlay.checkpoints.header import TensorInfo
 from inlay.cli.sources import resolve
 from inlay.cli.text import count, plural, rows, size
 from inlay.errors import InputError
-from inlay.records.manifest import read_manifest
+from inlay.records.manifest import is_sealed, read_manifest
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,7 +43,7 @@ def inspect_path(path: Path, base: Checkpoint | None = None) -> dict[str, Any]:
         return _adapter_facts(read_adapter(path), base)
     checkpoint = open_checkpoint(path)
     try:
-        manifest = read_manifest(path)
+        manifest = read_manifest(path) if is_sealed(path) else None
     except InputError:
         manifest = None
     return {**_checkpoint_facts(checkpoint, "merged" if manifest else "model"), **_recipe(manifest)}

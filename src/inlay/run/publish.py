@@ -31,7 +31,7 @@ def write_sidecars(plan: Plan, folder: Path) -> dict[str, str]:
     if plan.index is not None:
         name = index_file(plan.shards)
         assert name is not None
-        text = json.dumps(plan.index, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(plan.index, indent=2) + "\n"
         write_durably(folder / name, text.encode())
         digests[name] = digest_bytes(text.encode())
     card = model_card(plan).encode()
