@@ -524,6 +524,22 @@ def test_a_second_run_while_the_first_is_being_published_spoils_nothing(
     assert not problems, report(problems)
 
 
+def test_a_lock_that_cannot_be_made_leaves_the_work_of_another_run(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from inlay.output import staging as module
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    work = module.Staging(tmp_path / "out", plan_of(made).digest, {})
+    (work.path / "kept").mkdir(parents=True)
+    monkeypatch.setattr(module._Lock, "acquire", full)
+    with pytest.raises(InputError, match="No space left"):
+        run_plan(plan_of(made), tmp_path / "out")
+    assert (work.path / "kept").is_dir()
+
+
 def test_a_destination_that_appears_during_the_run_is_not_replaced_without_exist_ok(made: Path, tmp_path: Path) -> None:
     """Hours may pass between the check and the publication."""
 

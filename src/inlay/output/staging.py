@@ -49,7 +49,8 @@ class Staging:
             self._leave()
             raise
         except OSError as error:
-            self.discard()
+            if self._lock.held:  # otherwise the folder may be another run's
+                self.discard()
             self._leave()
             raise OutputError(f"{self.destination}: cannot be written: {error.strerror or error}") from None
         except BaseException:
@@ -120,6 +121,10 @@ class _Lock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._fd: int | None = None
+
+    @property
+    def held(self) -> bool:
+        return self._fd is not None
 
     def acquire(self, what: Path) -> None:
         """Raises OutputError if another process holds it."""

@@ -1,7 +1,7 @@
 """The compiled kernel for sums of low-rank products with a 16-bit result; see `_kernel.c`.
 
 It is built with the package where a C compiler is there, and not needed: the float64 path gives the
-same bytes at about a fifth of the speed. `INLAY_KERNEL=0` turns it off.
+same bytes at about a quarter of the speed. `INLAY_KERNEL=0` turns it off.
 """
 
 from __future__ import annotations
