@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,10 +191,11 @@ print(time.perf_counter() - started, usage.ru_maxrss * 1024, usage.ru_utime, usa
 """
 
 
-def run(command: list[str], out: Path) -> Run:
+def run(command: list[str], out: Path, settle: float) -> Run:
     """Wall seconds and peak memory of one process, on a disk that is quiet before."""
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
+    time.sleep(settle)
     launched = subprocess.run(
         [sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True, check=True
     )
@@ -203,7 +205,7 @@ def run(command: list[str], out: Path) -> Run:
     return Run(float(seconds), int(resident), float(user), float(system))
 
 
-def measure(base: Path, adapter: Path, runs: int, peft: bool) -> dict[str, list[Run]]:
+def measure(base: Path, adapter: Path, runs: int, peft: bool, settle: float) -> dict[str, list[Run]]:
     """Every candidate `runs` times, in turns; PEFT, which is slow, at most three times."""
     out = base.parent / "out"
     table = commands(base, adapter, out, peft)
@@ -211,7 +213,7 @@ def measure(base: Path, adapter: Path, runs: int, peft: bool) -> dict[str, list[
     for turn in range(runs):
         for name, command in table.items():
             if name != "PEFT" or turn < 3:
-                found[name].append(run(command, out))
+                found[name].append(run(command, out, settle))
     shutil.rmtree(out, ignore_errors=True)
     return found
 
@@ -237,6 +239,10 @@ def main() -> None:
     parser.add_argument("--where", nargs="+", default=["/dev/shm", tempfile.gettempdir()], help="folders to work in")
     parser.add_argument("--adapters", nargs="+", default=["16-all", "64-all", "16-attention"])
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument(
+        "--settle", type=float, default=0, help="seconds to wait before each run: a host takes freed memory back, and "
+        "the next to touch it pays, so that what follows a deletion at once has an advantage"
+    )  # fmt: skip
     parser.add_argument("--peft", action="store_true", help="measure PEFT too (up to 1.5 B)")
     args = parser.parse_args()
     for where in args.where:
@@ -249,7 +255,7 @@ def main() -> None:
                 for kind in args.adapters:
                     rank, targets = kind.split("-")
                     adapter = make_adapter(Path(folder), size, int(rank), ALL_LINEAR if targets == "all" else ATTENTION)
-                    found = measure(base, adapter, args.runs, args.peft and size != "7")
+                    found = measure(base, adapter, args.runs, args.peft and size != "7", args.settle)
                     report(f"{size} B, {nbytes / 1e9:.2f} GB, rank {rank} {targets}, in {where}", nbytes, found)
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from inlay.plan.types import Entry
 
 DEFAULT_MAX_MEMORY = 1 << 30
-# The work space of a thread: large enough to hide the cost of a call, small enough for its cache.
-KERNEL_TILE_BYTES = 1 << 19
+# The work space of a thread: large enough to hide the cost of a call, small enough for the last cache.
+KERNEL_TILE_BYTES = 1 << 22
 FLOAT64_TILE_BYTES = 1 << 22
 # Live float64 arrays of one block in the float64 path: value, error, delta, norms, bits low and high.
 FLOAT64_ARRAYS = 8

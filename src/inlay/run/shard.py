@@ -22,7 +22,7 @@ from inlay.plan.types import Entry, ShardPlan
 from inlay.records.fingerprint import leaf_rows
 from inlay.run.merge import Device, Merger
 
-COPY_BYTES = 1 << 26  # one copy task
+COPY_BYTES = 1 << 24  # one copy task
 
 Progress = Callable[[int], None]
 
@@ -86,7 +86,7 @@ def _pieces(copy: Copy) -> Iterator[Copy]:
 
 
 def run_copy(copy: Copy, reader: SpanReader, target: Target, progress: Progress) -> None:
-    copy_span(reader.fileno(copy.root, copy.file), copy.start, target.fd, copy.at, copy.nbytes)
+    target.copy(reader.fileno(copy.root, copy.file), copy.start, copy.at, copy.nbytes)
     progress(copy.nbytes)
 
 
@@ -106,6 +106,10 @@ class Target:
     def write(self, data: bytes | memoryview, at: int) -> None:
         with self._lock:
             write_at(self.fd, data, at)
+
+    def copy(self, source: int, start: int, at: int, nbytes: int) -> None:
+        with self._lock:
+            copy_span(source, start, self.fd, at, nbytes)
 
     def close(self) -> None:
         os.close(self.fd)

@@ -13,8 +13,8 @@
  * the vector width nor the compiler nor the tile size can change a byte of the result.
  *
  * Layout: w, out row-major (rows, cols); l row-major (rows, rank) float32; r packed by pack() into
- * panels of PANEL columns, [panel][rank][PANEL], so that a panel stays in the first cache while a
- * row block passes under it.
+ * strips of STRIP columns, [strip][rank][STRIP], which the product reads from end to end. A panel of
+ * PANEL columns, a few strips, stays in the first cache while the rows pass under it.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -25,7 +25,8 @@
 
 #define PANEL 64
 #define LANES 8
-#define ROWS 4
+#define STRIP (2 * LANES)
+#define ROWS 6
 #define PIECE 16
 #define NEUTRAL -1.0f
 #define WILD -2.0f
@@ -90,6 +91,13 @@ INLINE uint16_t round_to(float f, int w_kind, int out_kind) {
   return out_kind == BF16 ? to_bf16(f, w_kind == F32) : to_f16(f);
 }
 
+/* Like round_to but for ties, which go away from zero: cheaper, and the same for the ends of an interval that
+ * agree, since no tie lies between them. */
+INLINE uint32_t round_end(float f, int w_kind, int out_kind) {
+  word v = {.f = f};
+  return out_kind == BF16 && w_kind != F32 ? (v.u + 0x8000u) >> 16 : round_to(f, w_kind, out_kind);
+}
+
 /* From double without rounding twice: to float by rounding to odd, then once to the target. */
 static uint16_t round_double(double x, int kind) {
   word v = {.f = (float)x};
@@ -115,15 +123,16 @@ typedef struct {
 } tile;
 
 static void decide_in_double(tile *t, Py_ssize_t i, Py_ssize_t j) {
-  const float *panel = t->packed + (j / PANEL) * t->rank * PANEL + j % PANEL;
+  const float *strip = t->packed + (j / STRIP) * t->rank * STRIP + j % STRIP;
   const float *l = t->l + i * t->rank;
   double sum[4] = {0};
   for (Py_ssize_t k = 0; k < t->rank; k++) /* four chains hide the latency of an addition */
-    sum[k & 3] += t->scale[k] * l[k] * (double)panel[k * PANEL];
+    sum[k & 3] += t->scale[k] * l[k] * (double)strip[k * STRIP];
   double v = load(t->w, t->w_kind, i * t->cols + j) + ((sum[0] + sum[1]) + (sum[2] + sum[3]));
   double e = 1.01 * (t->rank + 5) * 0x1p-53 * t->row_norm[i] * t->column_norm[j] + 0x1p-51 * fabs(v) + 0x1p-1060;
   uint16_t low = round_double(v - e, t->out_kind), high = round_double(v + e, t->out_kind);
   t->out[i * t->cols + j] = low;
+  t->nonfinite |= (low & 0x7fff) >= (t->out_kind == BF16 ? 0x7f80 : 0x7c00);
   if (!isfinite(load(t->w, t->w_kind, i * t->cols + j))) t->out[i * t->cols + j] = 0x7fff;
   else if (low != high || !isfinite(v)) {
     if (t->open_count < t->open_capacity) t->open_list[t->open_count] = i * t->cols + j;
@@ -140,50 +149,49 @@ INLINE void store(float *at, vector x, int add) {
   memcpy(at, &x, sizeof x);
 }
 
-/* sum (+)= scaled (ROWS, depth) times a piece of a panel, in registers: the accumulators are written
- * out, because compilers keep an array of them in memory. */
-INLINE void multiply_piece(const float *a, const float *panel, Py_ssize_t rank, Py_ssize_t depth, int add,
-                           float sum[ROWS][PANEL]) {
-  const float *b = a + rank, *c = b + rank, *d = c + rank;
-  for (int s = 0; s < PANEL; s += 2 * LANES) {
-    vector a0 = {0}, a1 = {0}, b0 = {0}, b1 = {0}, c0 = {0}, c1 = {0}, d0 = {0}, d1 = {0};
-    const float *r = panel + s;
-    for (Py_ssize_t k = 0; k < depth; k++, r += PANEL) {
-      vector x, y;
-      memcpy(&x, r, sizeof x);
-      memcpy(&y, r + LANES, sizeof y);
-      a0 += a[k] * x, a1 += a[k] * y;
-      b0 += b[k] * x, b1 += b[k] * y;
-      c0 += c[k] * x, c1 += c[k] * y;
-      d0 += d[k] * x, d1 += d[k] * y;
-    }
-    store(&sum[0][s], a0, add), store(&sum[0][s + LANES], a1, add);
-    store(&sum[1][s], b0, add), store(&sum[1][s + LANES], b1, add);
-    store(&sum[2][s], c0, add), store(&sum[2][s + LANES], c1, add);
-    store(&sum[3][s], d0, add), store(&sum[3][s + LANES], d1, add);
+/* sum (+)= scaled (ROWS, depth) times a piece of a strip, in registers: the twelve accumulators are
+ * written out, because compilers keep an array of them in memory. */
+INLINE void multiply_piece(const float *a, const float *strip, Py_ssize_t rank, Py_ssize_t depth, int add,
+                           float *sum) {
+  const float *b = a + rank, *c = b + rank, *d = c + rank, *e = d + rank, *f = e + rank;
+  vector a0 = {0}, a1 = {0}, b0 = {0}, b1 = {0}, c0 = {0}, c1 = {0};
+  vector d0 = {0}, d1 = {0}, e0 = {0}, e1 = {0}, f0 = {0}, f1 = {0};
+  for (Py_ssize_t k = 0; k < depth; k++, strip += STRIP) {
+    vector x, y;
+    memcpy(&x, strip, sizeof x);
+    memcpy(&y, strip + LANES, sizeof y);
+    a0 += a[k] * x, a1 += a[k] * y;
+    b0 += b[k] * x, b1 += b[k] * y;
+    c0 += c[k] * x, c1 += c[k] * y;
+    d0 += d[k] * x, d1 += d[k] * y;
+    e0 += e[k] * x, e1 += e[k] * y;
+    f0 += f[k] * x, f1 += f[k] * y;
   }
+  store(sum, a0, add), store(sum + LANES, a1, add), sum += PANEL;
+  store(sum, b0, add), store(sum + LANES, b1, add), sum += PANEL;
+  store(sum, c0, add), store(sum + LANES, c1, add), sum += PANEL;
+  store(sum, d0, add), store(sum + LANES, d1, add), sum += PANEL;
+  store(sum, e0, add), store(sum + LANES, e1, add), sum += PANEL;
+  store(sum, f0, add), store(sum + LANES, f1, add);
 }
 
 /* Pieces of PIECE components keep the error bound short: each sum has at most
  * PIECE + rank / PIECE + 1 additions in a row. */
 INLINE void multiply(const float *scaled, const float *panel, Py_ssize_t rank, float sum[ROWS][PANEL]) {
-  multiply_piece(scaled, panel, rank, rank < PIECE ? rank : PIECE, 0, sum);
-  for (Py_ssize_t k = PIECE; k < rank; k += PIECE)
-    multiply_piece(scaled + k, panel + k * PANEL, rank, rank - k < PIECE ? rank - k : PIECE, 1, sum);
+  for (int s = 0; s < PANEL; s += STRIP) {
+    const float *strip = panel + s * rank;
+    multiply_piece(scaled, strip, rank, rank < PIECE ? rank : PIECE, 0, sum[0] + s);
+    for (Py_ssize_t k = PIECE; k < rank; k += PIECE)
+      multiply_piece(scaled + k, strip + k * STRIP, rank, rank - k < PIECE ? rank - k : PIECE, 1, sum[0] + s);
+  }
 }
 
-/* One row of a panel: round v - e and v + e; a column where they differ stays open. */
-INLINE uint32_t round_row(const float *w, const float *sum, const float *norm, float bound, int w_kind,
-                          int out_kind, uint16_t *low, uint16_t *high) {
-  uint32_t open = 0;
-  for (int j = 0; j < PANEL; j++) {
-    float v = w[j] + sum[j];
-    float e = bound * norm[j] + 0x1p-22f * fabsf(v) + 0x1p-140f;
-    uint16_t a = round_to(v - e, w_kind, out_kind), b = round_to(v + e, w_kind, out_kind);
-    low[j] = a, high[j] = b;
-    open |= (uint32_t)(a ^ b);
-  }
-  return open;
+/* The ends of the interval that holds the exact result of column j, as stored values. */
+INLINE void round_ends(float w, float sum, float norm, float bound, int w_kind, int out_kind, uint32_t *low,
+                       uint32_t *high) {
+  float v = w + sum;
+  float e = bound * norm + 0x1p-140f + 0x1p-22f * fabsf(v);
+  *low = round_end(v - e, w_kind, out_kind), *high = round_end(v + e, w_kind, out_kind);
 }
 
 INLINE void load_row(const tile *t, Py_ssize_t at, Py_ssize_t width, int kind, float *w) {
@@ -198,27 +206,52 @@ INLINE void load_row(const tile *t, Py_ssize_t at, Py_ssize_t width, int kind, f
   for (int j = 0; j < PANEL; j++) w[j] = load(raw, kind, j);
 }
 
+/* The columns of a row that float32 leaves open; few rows have one, so they are looked for only then. */
+INLINE void decide_open(tile *t, Py_ssize_t i, Py_ssize_t j0, Py_ssize_t width, const float *w, const float *sum,
+                        int w_kind, int out_kind) {
+  uint16_t differ[PANEL];
+  for (int j = 0; j < PANEL; j++) {
+    uint32_t a, b;
+    round_ends(w[j], sum[j], t->column_norm[j0 + j], t->row_bound[i], w_kind, out_kind, &a, &b);
+    differ[j] = (uint16_t)(a ^ b);
+  }
+  for (int j = 0; j < PANEL; j += 4) {
+    uint64_t four;
+    memcpy(&four, differ + j, sizeof four);
+    for (int k = j; four && k < j + 4; k++)
+      if (differ[k] && k < width) decide_in_double(t, i, j0 + k);
+  }
+}
+
 INLINE void merge_row(tile *t, Py_ssize_t i, Py_ssize_t j0, Py_ssize_t width, const float *sum, int w_kind,
                       int out_kind) {
   const Py_ssize_t at = i * t->cols + j0;
+  const float *norm = t->column_norm + j0;
   float w[PANEL];
-  uint16_t low[PANEL], high[PANEL];
+  uint16_t low[PANEL];
   load_row(t, at, width, w_kind, w);
   if (t->row_bound[i] == WILD) {
     for (Py_ssize_t j = 0; j < width; j++) decide_in_double(t, i, j0 + j);
     return;
   }
+  uint32_t open = 0;
   if (t->row_bound[i] == NEUTRAL) { /* a zero factor keeps the weights, the sign of zero too */
     for (int j = 0; j < PANEL; j++) low[j] = round_to(w[j], w_kind, out_kind);
-    memcpy(t->out + at, low, width * sizeof *low);
-    return;
+  } else {
+    for (int j = 0; j < PANEL; j++) {
+      uint32_t a, b;
+      round_ends(w[j], sum[j], norm[j], t->row_bound[i], w_kind, out_kind, &a, &b);
+      low[j] = (uint16_t)a;
+      open |= a ^ b;
+    }
   }
-  uint32_t open = round_row(w, sum, t->column_norm + j0, t->row_bound[i], w_kind, out_kind, low, high);
+  const uint16_t infinity = out_kind == BF16 ? 0x7f80 : 0x7c00;
+  uint16_t bad = 0;
+  for (int j = 0; j < PANEL; j++) bad |= (low[j] & 0x7fff) >= infinity;
   if (width == PANEL) memcpy(t->out + at, low, sizeof low);
   else memcpy(t->out + at, low, width * sizeof *low);
-  if (open)
-    for (Py_ssize_t j = 0; j < width; j++)
-      if (low[j] != high[j]) decide_in_double(t, i, j0 + j);
+  t->nonfinite |= bad;
+  if (open) decide_open(t, i, j0, width, w, sum, w_kind, out_kind);
 }
 
 INLINE void merge_kinds(tile *t, int w_kind, int out_kind) {
@@ -270,6 +303,7 @@ CLONES static void merge_tile(tile *t) {
     case 4: merge_kinds(t, F32, BF16); break;
     case 5: merge_kinds(t, F32, F16); break;
   }
+  if (!t->nonfinite) return; /* or only an end of an interval was beyond the largest value */
   const uint16_t infinity = t->out_kind == BF16 ? 0x7f80 : 0x7c00;
   uint16_t bad = 0;
   for (Py_ssize_t i = 0; i < t->rows * t->cols; i++) bad |= (t->out[i] & 0x7fff) >= infinity;
@@ -277,17 +311,17 @@ CLONES static void merge_tile(tile *t) {
 }
 
 CLONES static void pack_panels(const float *r, Py_ssize_t rank, Py_ssize_t cols, float *packed, float *norm) {
-  for (Py_ssize_t j0 = 0; j0 < cols; j0 += PANEL) {
-    float *panel = packed + (j0 / PANEL) * rank * PANEL;
-    const Py_ssize_t width = cols - j0 < PANEL ? cols - j0 : PANEL;
-    double squares[PANEL] = {0};
+  const Py_ssize_t padded = (cols + PANEL - 1) / PANEL * PANEL;
+  for (Py_ssize_t j0 = 0; j0 < padded; j0 += STRIP) {
+    float *strip = packed + j0 * rank;
+    double squares[STRIP] = {0};
     for (Py_ssize_t k = 0; k < rank; k++)
-      for (Py_ssize_t j = 0; j < PANEL; j++) {
-        float x = j < width ? r[k * cols + j0 + j] : 0;
-        panel[k * PANEL + j] = x;
+      for (Py_ssize_t j = 0; j < STRIP; j++) {
+        float x = j0 + j < cols ? r[k * cols + j0 + j] : 0;
+        strip[k * STRIP + j] = x;
         squares[j] += (double)x * x;
       }
-    for (Py_ssize_t j = 0; j < PANEL; j++) norm[j0 + j] = (float)(1.0001 * sqrt(squares[j]) + 0x1p-120);
+    for (Py_ssize_t j = 0; j < STRIP; j++) norm[j0 + j] = (float)(1.0001 * sqrt(squares[j]) + 0x1p-120);
   }
 }
 
