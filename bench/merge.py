@@ -4,8 +4,8 @@
     python bench/merge.py --sizes 1.5 --where /dev/shm --runs 5
 
 Bases are Qwen2-shaped, bfloat16, with the shard layout of the real models and scrambled values; adapters
-are PEFT's, float32. Every command is a process of its own, start-up included, and the candidates take
-turns, so that a slow minute of the machine hits all of them. Wall seconds (minimum and median), bytes a
+are PEFT's, float32. Every command is a process of its own, start-up included but where it says otherwise, and the
+candidates take turns, so that a slow minute of the machine hits all of them. Wall seconds (minimum and median), bytes a
 second, peak resident memory, and the ratio of minima to `cp -r`: on a shared machine noise only adds.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -158,13 +159,28 @@ PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out
 """
 
 
+# The command in a process that has imported everything: planning does that, and is timed again in the export.
+STARTED = """
+import sys, time
+from inlay.cli.main import main
+import inlay.run.execute
+main(["plan", *sys.argv[1:5]])
+started = time.perf_counter()
+code = main(["export", *sys.argv[1:]])
+print("\\nSECONDS", time.perf_counter() - started)
+sys.exit(code)
+"""
+
+
 def commands(base: Path, adapter: Path, out: Path, peft: bool) -> dict[str, list[str]]:
     """What takes turns."""
-    export = [sys.executable, "-m", "inlay", "export", "--model", str(base), "--adapters", str(adapter)]
-    export += ["--merge_lora", "true", "--output_dir", str(out), "--quiet", "--verify"]
+    asked = ["--model", str(base), "--adapters", str(adapter)]
+    asked += ["--merge_lora", "true", "--output_dir", str(out), "--quiet", "--verify"]
+    export = [sys.executable, "-m", "inlay", "export", *asked]
     found = {
         "cp -r": ["cp", "-r", str(base), str(out)],
         "inlay, verify none": [*export, "none"],
+        "inlay, no start-up": [sys.executable, "-c", STARTED, *asked, "none"],
         "inlay, verify sample": [*export, "sample"],
         "inlay, 64MB": [*export, "none", "--max_memory", "64MB"],
     }
@@ -202,7 +218,8 @@ def run(command: list[str], out: Path, settle: float) -> Run:
     seconds, resident, user, system, status = launched.stdout.split()[-5:]
     if status != "0":
         raise RuntimeError(f"{' '.join(command[:6])}: {launched.stderr[-2000:]}")
-    return Run(float(seconds), int(resident), float(user), float(system))
+    own = re.search(r"^SECONDS (\S+)$", launched.stdout, re.MULTILINE)
+    return Run(float(own[1] if own else seconds), int(resident), float(user), float(system))
 
 
 def measure(base: Path, adapter: Path, runs: int, peft: bool, settle: float) -> dict[str, list[Run]]:
