@@ -109,10 +109,24 @@ class SpanReader:
         """Stored bits of columns `[first, last)` of the tensor's matrix, shape (rows, last - first)."""
         rows, cols = ref.matrix
         assert 0 <= first <= last <= cols, f"{ref.key} has {cols} columns, wanted [{first}, {last})"
+        return self.view(ref, first, (rows, last - first), (cols, 1))
+
+    def view(self, ref: TensorRef, start: int, shape: tuple[int, int], strides: tuple[int, int]) -> Array:
+        """Stored bits of a strided view: (i, j) is element `start + i · strides[0] + j · strides[1]` of the tensor."""
+        rows, cols = shape
+        if strides[1] != 1 and strides[0] == 1:
+            return self.view(ref, start, (cols, rows), (strides[1], 1)).T
         raw = np.dtype(ref.dtype.raw)
-        block = np.empty((rows, last - first), raw)
+        if strides[1] != 1:  # interleaved: nearly every page has an element of it, so all of them are read
+            span = np.empty((rows - 1) * strides[0] + (cols - 1) * strides[1] + 1, raw)
+            self.into(ref, start * raw.itemsize, span)
+            return np.lib.stride_tricks.as_strided(span, shape, [n * raw.itemsize for n in strides]).copy()
+        block = np.empty(shape, raw)
+        if strides[0] == cols:
+            self.into(ref, start * raw.itemsize, block)
+            return block
         for i in range(rows):
-            self.into(ref, (i * cols + first) * raw.itemsize, block[i])
+            self.into(ref, (start + i * strides[0]) * raw.itemsize, block[i])
         return block
 
     def whole(self, ref: TensorRef) -> Array:

@@ -173,7 +173,7 @@ class _Placer:
         if (a.shape[1], b.shape[0]) != shape:
             self.problem(module, f"fits ({a.shape[1]}, {b.shape[0]}), the base has {shape}")
             return None
-        return Part(self.ref(a), transposed=True), Part(self.ref(b), transposed=True), 0
+        return Part.of(self.ref(a)).turned, Part.of(self.ref(b)).turned, 0
 
     def _pair(
         self, module: str, shape: tuple[int, ...], parts: Mapping[str, TensorInfo]
@@ -186,15 +186,15 @@ class _Placer:
             if fits != shape or not flat:
                 self.problem(module, f"A {a.shape} and B {b.shape} do not fit the base's {shape}")
                 return None
-            return Part(self.ref(b)), Part(self.ref(a)), 1
+            return Part.of(self.ref(b)), Part.of(self.ref(a)), 1
         if not self._two_dimensional(module, a, b):
             return None
         transposed = self._transposed(module, shape, (b.shape[0], a.shape[1]))
         if transposed is None:
             return None
         if transposed:
-            return Part(self.ref(a), transposed=True), Part(self.ref(b), transposed=True), 0
-        return Part(self.ref(b)), Part(self.ref(a)), 1
+            return Part.of(self.ref(a)).turned, Part.of(self.ref(b)).turned, 0
+        return Part.of(self.ref(b)), Part.of(self.ref(a)), 1
 
     def _two_dimensional(self, module: str, a: TensorInfo, b: TensorInfo) -> bool:
         if len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] > 0:
@@ -256,7 +256,7 @@ class _Placer:
         else:
             scaling = self.config.scaling(module) * self.found.weight
             self.found.steps.setdefault(key, []).append(
-                Step(self.found.position, "lora", scaling, Part(self.ref(tensor)))
+                Step(self.found.position, "lora", scaling, Part.of(self.ref(tensor)))
             )
 
     def _token_rows(self, module: str, tensor: TensorInfo) -> None:

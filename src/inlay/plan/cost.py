@@ -9,7 +9,7 @@ from inlay.checkpoints.spans import TensorRef
 from inlay.errors import Problem
 from inlay.plan import memory
 from inlay.plan.types import Cost, Entry, ShardPlan
-from inlay.tuners import TUNERS, kernel
+from inlay.tuners import kernel
 
 
 def threads() -> int:
@@ -18,11 +18,12 @@ def threads() -> int:
 
 
 def by_kernel(entry: Entry) -> bool:
-    """Whether the float32 kernel does this entry; otherwise it is computed in float64."""
+    """Whether the float32 kernel does this entry, or any piece of it; otherwise it is computed in float64."""
     if entry.patches:
         return False
-    additive = all(TUNERS[step.tuner].ADDITIVE for step in entry.steps)
-    parts = [part.ref.dtype for step in entry.steps for part in (step.left, step.right) if part]
+    steps = entry.low_rank
+    additive = len(steps) == len(entry.steps) and all(step.magnitude is None for step in steps)
+    parts = [part.ref.dtype for step in steps for part in (step.left, step.right) if part]
     return additive and kernel.fits(entry.source.dtype, entry.dtype, parts)
 
 
@@ -55,6 +56,4 @@ def estimate(shards: Sequence[ShardPlan], max_memory: int, problems: list[Proble
 
 
 def _adapter_refs(entry: Entry) -> set[TensorRef]:
-    refs = {part.ref for step in entry.steps for part in (step.left, step.right) if part}
-    refs |= {step.magnitude for step in entry.steps if step.magnitude}
-    return refs | {patch.ref for patch in entry.patches}
+    return {ref for step in entry.steps for ref in step.refs} | {patch.ref for patch in entry.patches}

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from inlay.plan.types import Entry
+from inlay.plan.pieces import pieces
+from inlay.plan.types import Dense, Entry
+from inlay.tuners.dense import needs_whole
 
 DEFAULT_MAX_MEMORY = 1 << 30
 # The work space of a thread: large enough to hide the cost of a call, small enough for the last cache.
@@ -30,33 +32,52 @@ class Tiling:
     per_thread: int
 
 
+def whole(entry: Entry) -> bool:
+    """Whether the entry can only be worked on in one block of all its rows."""
+    return any(isinstance(step, Dense) and needs_whole(step.tuner, step.transposed, step.bias) for step in entry.steps)
+
+
 def tile(entry: Entry, kernel: bool) -> Tiling:
     """Preferred blocking of an entry; `kernel` for the float32 kernel, otherwise float64."""
     rows, cols = (entry.count, 1) if entry.elementwise else entry.matrix
     stored = cols * (entry.source.dtype.bits + entry.dtype.bits) // 8
-    rank = sum(step.rank for step in entry.steps)
+    rank = sum(step.rank for step in entry.low_rank)
+    dense = sum(ref.count for step in entry.steps if isinstance(step, Dense) for ref in step.refs)
     if kernel:
         shared = 2 * rank * cols * 8  # the factor as stored and packed, of this tensor and the next
         per_row = stored + rank * 12
         block = KERNEL_TILE_BYTES
     else:
-        shared = 2 * rank * cols * 16
+        shared = 2 * rank * cols * 16 + dense * 16
         per_row = stored + cols * 8 * FLOAT64_ARRAYS + rank * 16
         block = FLOAT64_TILE_BYTES
-    count = max(1, min(rows, block // max(1, per_row)))
+    count = rows if whole(entry) else max(1, min(rows, block // max(1, per_row)))
     return Tiling(count, shared, count * per_row)
 
 
 def fit(entry: Entry, kernel: bool, threads: int, max_memory: int) -> tuple[Tiling, int]:
     """Blocking and number of threads under the cap.
 
-    Raises ValueError with the bytes needed when one row on one thread is too much.
+    Raises ValueError with the bytes needed when one row on one thread (or all rows, where they are needed
+    together) is too much.
     """
-    wanted = tile(entry, kernel)
+    parts = pieces(entry)
+    if len(parts) > 1:  # every thread may be at another piece, with the factors of that
+        tilings = [tile(piece.entry, kernel) for piece in parts]
+        wanted = Tiling(
+            max(t.rows for t in tilings),
+            max(t.shared for t in tilings) * threads,
+            max(t.rows for t in tilings) * max(-(-t.per_thread // t.rows) for t in tilings),
+        )
+    else:
+        wanted = tile(entry, kernel)
     per_row = -(-wanted.per_thread // wanted.rows)
-    if wanted.shared + per_row > max_memory:
-        raise ValueError(wanted.shared + per_row)
-    threads = max(1, min(threads, (max_memory - wanted.shared) // per_row))
+    least = wanted.rows if whole(entry) else 1
+    if wanted.shared + least * per_row > max_memory:
+        if len(parts) > 1 and threads > 1:
+            return fit(entry, kernel, 1, max_memory)
+        raise ValueError(wanted.shared + least * per_row)
+    threads = 1 if whole(entry) else max(1, min(threads, (max_memory - wanted.shared) // per_row))
     rows = min(wanted.rows, (max_memory - wanted.shared) // (threads * per_row))
     return Tiling(rows, wanted.shared, rows * per_row), threads
 

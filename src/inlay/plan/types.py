@@ -8,6 +8,7 @@ and adapters in another place make the same plan.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,28 +19,47 @@ from inlay.checkpoints.spans import TensorRef
 from inlay.digests import digest_json
 from inlay.dtypes import DTYPES, DType
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A factor of a step in the orientation of the stored weight: the tensor as a matrix, perhaps transposed."""
+    """A factor of a step in the orientation of the stored weight: a strided view of a stored tensor.
+
+    Element (i, j) is number `start + i · strides[0] + j · strides[1]` of the tensor, so that a transposed
+    factor, a range of its rows and one expert of an interleaved pair are the same kind of thing.
+    """
 
     ref: TensorRef
-    transposed: bool = False
+    shape: tuple[int, int]
+    start: int
+    strides: tuple[int, int]
+
+    @classmethod
+    def of(cls, ref: TensorRef) -> Part:
+        """The whole tensor as a matrix."""
+        return cls(ref, ref.matrix, 0, (ref.matrix[1], 1))
 
     @property
-    def shape(self) -> tuple[int, int]:
-        rows, cols = self.ref.matrix
-        return (cols, rows) if self.transposed else (rows, cols)
+    def turned(self) -> Part:
+        """The transpose."""
+        return Part(self.ref, self.shape[::-1], self.start, self.strides[::-1])
+
+    def rows(self, first: int, last: int) -> Part:
+        assert 0 <= first <= last <= self.shape[0], f"{self.ref.key}: rows [{first}, {last}) of {self.shape}"
+        return Part(self.ref, (last - first, self.shape[1]), self.start + first * self.strides[0], self.strides)
+
+    def columns(self, first: int, last: int) -> Part:
+        return self.turned.rows(first, last).turned
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one adapter does to one tensor.
+    """What one adapter does to one tensor: a low-rank pair, perhaps with a DoRA magnitude.
 
     `left` (rows, r) is None for a bias, where it is [[1]]; `right` is (r, cols). `scaling` has the weight
-    of the adapter in it. `axis` is the stored axis along which DoRA takes its norm.
+    of the adapter in it. `axis` is the stored axis along which DoRA takes its norm. `rows` are the rows of
+    the entry's matrix that it acts on, if not all: a module inside a fused tensor, an expert of many.
     """
 
     adapter: int
@@ -49,10 +69,39 @@ class Step:
     left: Part | None = None
     magnitude: TensorRef | None = None
     axis: int = 1
+    rows: tuple[int, int] | None = None
 
     @property
     def rank(self) -> int:
         return self.right.shape[0]
+
+    @property
+    def refs(self) -> frozenset[TensorRef]:
+        """The tensors that it reads."""
+        return frozenset({self.right.ref, *([self.left.ref] if self.left else []), *filter(None, [self.magnitude])})
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What an adapter of another tuner does to one tensor; `tuner` names its file in `tuners/`.
+
+    `shape` is that of the weight as the tuner sees it, (out, in, …); `transposed` says that it is stored
+    (in, out). With `bias` the tensor is the layer's bias. `weight` is a factor on the delta, 1 for tuners
+    that are no sum.
+    """
+
+    adapter: int
+    tuner: str
+    parts: Mapping[str, TensorRef]
+    settings: Mapping[str, Any]
+    shape: tuple[int, ...]
+    transposed: bool = False
+    bias: bool = False
+    weight: float = 1.0
+
+    @property
+    def refs(self) -> frozenset[TensorRef]:
+        return frozenset(self.parts.values())
 
 
 @dataclass(frozen=True)
@@ -69,7 +118,8 @@ class Entry:
     """One tensor of the output.
 
     It starts from `source` (of the base, or an adapter's full copy), takes `patches` of rows, then
-    `steps`, and is rounded once to `dtype`. Law: without patches, steps and change of dtype or shape its
+    `steps`, and is rounded once to `dtype`. As a matrix its first `leading` axes are the rows: two for a
+    stack of experts. Law: without patches, steps and change of dtype or shape its
     bytes are those of the source.
     """
 
@@ -78,7 +128,8 @@ class Entry:
     shape: tuple[int, ...]
     source: TensorRef
     patches: tuple[Rows, ...] = ()
-    steps: tuple[Step, ...] = ()
+    steps: tuple[Step | Dense, ...] = ()
+    leading: int = 1
 
     @property
     def copied(self) -> bool:
@@ -100,7 +151,23 @@ class Entry:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        return replace(self.source, shape=self.shape).matrix
+        if self.leading == 1:
+            return replace(self.source, shape=self.shape).matrix
+        rows = math.prod(self.shape[: self.leading])
+        return rows, self.count // rows if rows else 0
+
+    @property
+    def source_matrix(self) -> TensorRef:
+        """The source with the shape of the entry's matrix."""
+        if self.leading == 1:
+            return self.source
+        return replace(self.source, shape=self.matrix)
+
+    @property
+    def low_rank(self) -> tuple[Step, ...]:
+        """The steps, where all of them are low-rank pairs; empty otherwise."""
+        steps = tuple(step for step in self.steps if isinstance(step, Step))
+        return steps if len(steps) == len(self.steps) else ()
 
     @property
     def elementwise(self) -> bool:
@@ -290,10 +357,14 @@ def _entry(v: Mapping[str, Any]) -> Entry:
         source=_ref(v["source"]),
         patches=tuple(Rows(p["adapter"], _ref(p["ref"]), tuple(p["rows"])) for p in v["patches"]),
         steps=tuple(_step(s) for s in v["steps"]),
+        leading=v["leading"],
     )
 
 
-def _step(v: Mapping[str, Any]) -> Step:
+def _step(v: Mapping[str, Any]) -> Step | Dense:
+    if "parts" in v:
+        parts = {name: _ref(ref) for name, ref in v["parts"].items()}
+        return Dense(**{**v, "parts": parts, "shape": tuple(v["shape"])})
     return Step(
         adapter=v["adapter"],
         tuner=v["tuner"],
@@ -302,11 +373,12 @@ def _step(v: Mapping[str, Any]) -> Step:
         left=_part(v["left"]) if v["left"] else None,
         magnitude=_ref(v["magnitude"]) if v["magnitude"] else None,
         axis=v["axis"],
+        rows=tuple(v["rows"]) if v["rows"] else None,
     )
 
 
 def _part(v: Mapping[str, Any]) -> Part:
-    return Part(_ref(v["ref"]), v["transposed"])
+    return Part(_ref(v["ref"]), tuple(v["shape"]), v["start"], tuple(v["strides"]))
 
 
 def _ref(v: Mapping[str, Any]) -> TensorRef:

@@ -125,8 +125,8 @@ class LocalExecutor:
         bands = Bands(entry, layout.places[entry.key], reader, tiling, self.device)
         digest_source = entry.key in self._expected
         queue.limit = at_once if at_once < self.workers else self.workers * QUEUED_PER_THREAD
-        for band in range(bands.count):
-            queue.submit(bands.run, band, target, digest_source, progress)
+        for task in range(bands.tasks):
+            queue.submit(bands.run, task, target, digest_source, progress)
         queue.end_tensor()
         return bands
 

@@ -7,18 +7,18 @@ leave open.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from inlay.checkpoints.spans import SpanReader
+from inlay.checkpoints.spans import SpanReader, TensorRef
 from inlay.dtypes import Array, F64Array, decode, decode32, is_finite, round_nearest
 from inlay.plan.cost import by_kernel
-from inlay.plan.types import Entry, Part, Step
-from inlay.tuners import device, dora, kernel, lora
+from inlay.plan.types import Dense, Entry, Part, Step
+from inlay.tuners import dense, device, dora, kernel, lora
 from inlay.tuners.bounded import Bounded
 from inlay.tuners.exact import ExactStep, element
 
@@ -36,23 +36,40 @@ class Loaded:
     length: Length | None
 
 
-class Merger:
-    """Merges blocks of one entry; safe to use from several threads."""
+@dataclass(frozen=True)
+class LoadedDense:
+    """A step of another tuner with its prepared parts."""
 
-    def __init__(self, reader: SpanReader, entry: Entry, rows: int, on: Device = None) -> None:
+    step: Dense
+    parts: Mapping[str, F64Array]
+
+
+class Merger:
+    """Merges blocks of one entry (or piece of one); safe to use from several threads.
+
+    `by_rows` counts in rows even where each element stands alone.
+    """
+
+    def __init__(
+        self, reader: SpanReader, entry: Entry, rows: int, on: Device = None, *, by_rows: bool = False
+    ) -> None:
         self.reader = reader
         self.entry = entry
-        additive = all(step.magnitude is None for step in entry.steps)
+        self._elementwise = entry.elementwise and not by_rows
+        self._source = entry.source_matrix
+        additive = len(entry.low_rank) == len(entry.steps) and all(s.magnitude is None for s in entry.low_rank)
         self._device = on if additive and entry.steps and not entry.patches else None
         self.rows, self.cols = entry.matrix
         self._patched = {row: (p.ref, i) for p in entry.patches for i, row in enumerate(p.rows)}
         self._packed: kernel.Packed | None = None
-        self._loaded: tuple[Loaded, ...] = ()
+        self._loaded: tuple[Loaded | LoadedDense, ...] = ()
         self._kernel = by_kernel(entry) and self._device is None
         if self._kernel and entry.steps:
             self._packed = self._pack()
         elif entry.steps:
-            self._loaded = tuple(self._load(step, rows) for step in entry.steps)
+            self._loaded = tuple(
+                self._load(step, rows) if isinstance(step, Step) else self._load_dense(step) for step in entry.steps
+            )
 
     def block(self, first: int, raw: Array, out: Array) -> bool:
         """Merge the rows that begin at `first`; `raw` and `out` are (rows, cols) of stored bits.
@@ -74,21 +91,20 @@ class Merger:
 
         Where each element stands alone, `first` and `last` count elements.
         """
-        if self.entry.elementwise:
+        if self._elementwise:
             flat = replace(self.entry.source, shape=(self.entry.count, 1))
             return self.reader.rows(flat, first, last, buffer)
-        there = max(first, min(last, self.entry.source.matrix[0]))
+        there = max(first, min(last, self._source.matrix[0]))
         block = buffer[: (last - first) * self.cols].reshape(last - first, self.cols)
         if there > first:
-            self.reader.rows(self.entry.source, first, there, block[: there - first].reshape(-1))
+            self.reader.rows(self._source, first, there, block[: there - first].reshape(-1))
         block[there - first :] = 0
         return block
 
     def _factor(self, part: Part, first: int, last: int) -> Array:
         """Rows `[first, last)` of a factor in the orientation of the stored weight, as stored bits."""
-        if part.transposed:
-            return self.reader.columns(part.ref, first, last).T
-        return self.reader.rows(part.ref, first, last)
+        part = part.rows(first, last)
+        return self.reader.view(part.ref, part.start, part.shape, part.strides)
 
     def _left64(self, step: Step, first: int, last: int) -> F64Array:
         if step.left is None:
@@ -100,7 +116,7 @@ class Merger:
         return np.ascontiguousarray(decode(right, step.right.ref.dtype))
 
     def _pack(self) -> kernel.Packed:
-        steps = self.entry.steps
+        steps = self.entry.low_rank
         right = np.empty((sum(s.rank for s in steps), self.cols), np.float32)
         at = 0
         for step in steps:
@@ -111,9 +127,9 @@ class Merger:
         return kernel.Packed.of(right, scale)
 
     def _left32(self, first: int, last: int) -> npt.NDArray[np.float32]:
-        left = np.ones((last - first, sum(s.rank for s in self.entry.steps)), np.float32)
+        left = np.ones((last - first, sum(s.rank for s in self.entry.low_rank)), np.float32)
         at = 0
-        for step in self.entry.steps:
+        for step in self.entry.low_rank:
             if step.left is not None:
                 stored = self._factor(step.left, first, last)
                 left[:, at : at + step.rank] = decode32(stored, step.left.ref.dtype)
@@ -129,6 +145,16 @@ class Merger:
             if step.axis == 0:
                 length = self._column_lengths(step, right, rows)
         return Loaded(step, right, magnitude, length)
+
+    def _load_dense(self, step: Dense) -> LoadedDense:
+        file = dense.tuner(step.tuner)
+        parts = {name: self._values(ref) for name, ref in step.parts.items()}
+        return LoadedDense(step, parts if step.bias else file.prepare(parts, step.settings, step.shape))
+
+    def _values(self, ref: TensorRef) -> Any:
+        """A part in its own shape: floats as float64, indices as int64."""
+        stored = self.reader.whole(ref)
+        return decode(stored, ref.dtype) if ref.dtype.mergeable else stored.astype(np.int64)
 
     def _column_lengths(self, step: Step, right: F64Array, rows: int) -> Length:
         """Lengths along the stored rows need all of them: one pass over the tensor before the merge."""
@@ -157,28 +183,59 @@ class Merger:
     def _by_float64(self, first: int, raw: Array) -> Array:
         base = weight = self._base(first, raw)
         last = first + len(raw)
-        lefts = [self._left64(loaded.step, first, last) for loaded in self._loaded]
-        for loaded, left in zip(self._loaded, lefts, strict=True):
+        if not self.entry.low_rank:
+            return self._by_other_tuners(first, base)
+        low_rank = [loaded for loaded in self._loaded if isinstance(loaded, Loaded)]
+        lefts = [self._left64(loaded.step, first, last) for loaded in low_rank]
+        for loaded, left in zip(low_rank, lefts, strict=True):
             parts = {"left": left, "right": loaded.right}
             if loaded.magnitude is None:
                 weight = lora.merge(weight, parts, loaded.step.scaling)
-                continue
-            length = loaded.length
-            magnitude = loaded.magnitude
-            if length is None:
-                total, errors = dora.squares(base, parts, loaded.step.scaling, axis=1)
-                value, relative = dora.norm(total, errors, self.cols)
-                length = value[:, None], relative[:, None]
-                magnitude = magnitude[first:last]
-            weight = dora.merge(weight, {**parts, "magnitude": magnitude}, loaded.step.scaling, length)
+            else:
+                weight = self._dora(loaded, weight, base, parts, first, last)
         bits, open_ = weight.rounded(self.entry.dtype)
-        if all(loaded.magnitude is None for loaded in self._loaded):
+        if all(loaded.magnitude is None for loaded in low_rank):
             open_ |= ~np.isfinite(weight.value) & np.isfinite(base.value)  # a sum that left the range on its way
         return self._settled(first, bits, open_, base.value, lefts)
 
+    def _dora(
+        self, loaded: Loaded, weight: Bounded, base: Bounded, parts: Mapping[str, F64Array], first: int, last: int
+    ) -> Bounded:
+        length, magnitude = loaded.length, loaded.magnitude
+        assert magnitude is not None
+        if length is None:
+            total, errors = dora.squares(base, parts, loaded.step.scaling, axis=1)
+            value, relative = dora.norm(total, errors, self.cols)
+            length = value[:, None], relative[:, None]
+            magnitude = magnitude[first:last]
+        return dora.merge(weight, {**parts, "magnitude": magnitude}, loaded.step.scaling, length)
+
+    def _by_other_tuners(self, first: int, base: Bounded) -> Array:
+        """Steps of which one at least is no low-rank pair: float64, rounded once."""
+        weight = base.value
+        for loaded in self._loaded:
+            step = loaded.step
+            if isinstance(loaded, LoadedDense):
+                assert isinstance(step, Dense)
+                weight = dense.merge(
+                    step.tuner, weight, base.value, loaded.parts, step.settings, step.shape, first,
+                    transposed=step.transposed, bias=step.bias, factor=step.weight,
+                )  # fmt: skip
+            else:
+                weight = self._low_rank_row_block(loaded, weight, base, first)
+        return round_nearest(np.ascontiguousarray(weight), self.entry.dtype)
+
+    def _low_rank_row_block(self, loaded: Loaded, weight: F64Array, base: Bounded, first: int) -> F64Array:
+        last = first + len(weight)
+        parts = {"left": self._left64(loaded.step, first, last), "right": loaded.right}
+        if loaded.magnitude is None:
+            return lora.merge(Bounded.exact(weight), parts, loaded.step.scaling).value
+        return self._dora(loaded, Bounded.exact(weight), base, parts, first, last).value
+
     def _on_device(self, first: int, raw: Array) -> Array:
-        lefts = [self._left64(loaded.step, first, first + len(raw)) for loaded in self._loaded]
-        pairs = [(left, x.right, x.step.scaling) for left, x in zip(lefts, self._loaded, strict=True)]
+        low_rank = [loaded for loaded in self._loaded if isinstance(loaded, Loaded)]
+        lefts = [self._left64(loaded.step, first, first + len(raw)) for loaded in low_rank]
+        pairs = [(left, x.right, x.step.scaling) for left, x in zip(lefts, low_rank, strict=True)]
         source = self.entry.source.dtype
         assert self._device is not None
         bits, open_ = device.merge(raw, source, pairs, self.entry.dtype, self._device)
@@ -195,14 +252,15 @@ class Merger:
     def _exactly(self, first: int, i: int, j: int, base: F64Array, lefts: Sequence[F64Array]) -> Array:
         steps = []
         line, position = base[i], j
-        for loaded, left in zip(self._loaded, lefts, strict=True):
+        low_rank = [loaded for loaded in self._loaded if isinstance(loaded, Loaded)]
+        for loaded, left in zip(low_rank, lefts, strict=True):
             step = loaded.step
             magnitude = None
             if step.axis == 0 and loaded.magnitude is not None:
                 magnitude = float(loaded.magnitude[0, j])
             elif loaded.magnitude is not None:
                 magnitude = float(loaded.magnitude[first + i, 0])
-            if any(x.step.axis == 0 and x.magnitude is not None for x in self._loaded):
+            if any(x.step.axis == 0 and x.magnitude is not None for x in low_rank):
                 whole = self._left64(step, 0, self.rows)
                 steps.append(ExactStep(loaded.right[:, j], np.ascontiguousarray(whole.T), step.scaling, magnitude))
                 line, position = self._column(j), first + i
@@ -233,7 +291,7 @@ class Merger:
 
     def _sum_exactly(self, base: float, left: npt.NDArray[np.float32], j: int) -> Array:
         steps, at = [], 0
-        for step in self.entry.steps:
+        for step in self.entry.low_rank:
             column = self._right_column(step, j)
             steps.append(ExactStep(left[at : at + step.rank].astype(np.float64), column, step.scaling))
             at += step.rank
@@ -241,10 +299,8 @@ class Merger:
         return round_nearest(np.array([value]), self.entry.dtype)[0]  # type: ignore[no-any-return]
 
     def _right_column(self, step: Step, j: int) -> F64Array:
-        ref = step.right.ref
-        if step.right.transposed:
-            return decode(self.reader.rows(ref, j, j + 1), ref.dtype).T
-        return decode(self.reader.columns(ref, j, j + 1), ref.dtype)
+        part = step.right.columns(j, j + 1)
+        return decode(self.reader.view(part.ref, part.start, part.shape, part.strides), part.ref.dtype)
 
     def _convert(self, first: int, raw: Array, out: Array) -> None:
         """Rows as they are, or in another type; trained token rows in their place."""

@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from inlay.checkpoints.header import TensorInfo, layout
 from inlay.checkpoints.spans import BASE, SpanReader, byte_view
-from inlay.digests import hasher, join, name
+from inlay.digests import digest_bytes, hasher, join, name
+from inlay.dtypes import Array
 from inlay.output.copying import copy_span, write_at
-from inlay.plan.memory import Tiling
+from inlay.plan.memory import Tiling, whole
+from inlay.plan.pieces import Piece, pieces
 from inlay.plan.types import Entry, ShardPlan
 from inlay.records.fingerprint import leaf_rows
 from inlay.run.merge import Device, Merger
@@ -118,8 +120,9 @@ class Target:
 class Bands:
     """The bands of one computed tensor, and its digests once all of them are done.
 
-    `source_digest` is that of the base's tensor, taken on the way where its rows have the same size;
-    otherwise None.
+    A band is a leaf of the digest: whole rows of the stored tensor. Where all rows are needed together there
+    is one task for all bands. `source_digest` is that of the base's tensor, taken on the way where its rows
+    have the same size; otherwise None.
     """
 
     def __init__(
@@ -128,15 +131,26 @@ class Bands:
         self.entry = entry
         self.place = place
         self.tiling = tiling
-        self.merger = Merger(reader, entry, tiling.rows, device)
-        rows, cols = entry.matrix
-        self.row_nbytes = entry.dtype.nbytes(cols)
-        self.step = leaf_rows(self.row_nbytes)
-        self.count = -(-rows // self.step)
+        self._reader, self._device = reader, device
+        self._pieces = pieces(entry)
+        self._merger = self._make_merger(self._pieces[0]) if len(self._pieces) == 1 else None
+        self._rows, self._cols = (entry.count, 1) if entry.elementwise else entry.matrix
+        self.step, self.count = self._bands()
+        self.tasks = 1 if whole(entry) else self.count
         self.finite = True
         self._follows_source = entry.source.root == BASE and entry.source.dtype.bits == entry.dtype.bits
         self._leaves: list[str] = [""] * self.count
         self._source_leaves: list[str] = [""] * self.count
+
+    def _bands(self) -> tuple[int, int]:
+        """Rows a band, of those that are worked on, and the number of bands."""
+        stored_rows, stored_cols = replace(self.entry.source, shape=self.entry.shape).matrix
+        step = leaf_rows(self.entry.dtype.nbytes(stored_cols))
+        return step * (self._rows // max(1, stored_rows)), -(-stored_rows // step)
+
+    def _make_merger(self, piece: Piece) -> Merger:
+        alone = piece.entry is self.entry
+        return Merger(self._reader, piece.entry, self.tiling.rows, self._device, by_rows=not alone)
 
     @property
     def digest(self) -> str:
@@ -146,28 +160,51 @@ class Bands:
     def source_digest(self) -> str | None:
         return join(self._source_leaves) if self._follows_source and not self.entry.grown else None
 
-    def run(self, band: int, target: Target, digest_source: bool, progress: Progress) -> None:
-        """Merge one band into the file `target`."""
-        rows, cols = self.entry.matrix
-        first, last, width = band * self.step, min(rows, (band + 1) * self.step), cols
-        if self.entry.elementwise:
-            first, last, width = first * cols, last * cols, 1
+    def run(self, task: int, target: Target, digest_source: bool, progress: Progress) -> None:
+        """Do one task: merge one band into the file `target`, or all of them."""
+        if self.tasks < self.count:
+            self._run_whole(target, digest_source, progress)
+        else:
+            self._run_band(task, target, digest_source, progress)
+
+    def _run_band(self, band: int, target: Target, digest_source: bool, progress: Progress) -> None:
         written, source = hasher(), hasher()
-        itemsize = self.entry.dtype.bits // 8
-        raw_buffer, out_buffer = _buffers(self.tiling.rows * width * max(self.entry.source.dtype.bits // 8, itemsize))
-        for at in range(first, last, self.tiling.rows):
-            end = min(last, at + self.tiling.rows)
-            raw = self.merger.read(at, end, raw_buffer.view(np.dtype(self.entry.source.dtype.raw)))
-            out = out_buffer.view(np.dtype(self.entry.dtype.raw))[: raw.size].reshape(raw.shape)
-            if not self.merger.block(at, raw, out):
-                self.finite = False
+        for at, raw, out in self._blocks(band * self.step, min(self._rows, (band + 1) * self.step)):
             data = byte_view(out)
             written.update(data)
             if digest_source:
                 source.update(byte_view(raw))
-            target.write(data, self.place.start + at * itemsize * width)
+            target.write(data, self.place.start + at * out.itemsize * self._cols)
             progress(len(data))
         self._leaves[band], self._source_leaves[band] = name(written), name(source)
+
+    def _run_whole(self, target: Target, digest_source: bool, progress: Progress) -> None:
+        ((_, raw, out),) = self._blocks(0, self._rows)
+        for band in range(self.count):
+            rows = slice(band * self.step, (band + 1) * self.step)
+            self._leaves[band] = digest_bytes(byte_view(out[rows]))
+            if digest_source:
+                self._source_leaves[band] = digest_bytes(byte_view(raw[rows]))
+        target.write(byte_view(out), self.place.start)
+        progress(out.nbytes)
+
+    def _blocks(self, first: int, last: int) -> Iterator[tuple[int, Array, Array]]:
+        """First row, stored bits and merged bits of block after block of these rows."""
+        entry = self.entry
+        itemsize = max(entry.source.dtype.bits, entry.dtype.bits) // 8
+        raw_buffer, out_buffer = _buffers(self.tiling.rows * self._cols * itemsize)
+        for piece in self._pieces:
+            begin, end = (0, self._rows) if self._merger else (piece.first, piece.last)
+            if end <= first or last <= begin:
+                continue
+            merger = self._merger or self._make_merger(piece)
+            for at in range(max(first, begin), min(last, end), self.tiling.rows):
+                stop = min(last, end, at + self.tiling.rows)
+                raw = merger.read(at - begin, stop - begin, raw_buffer.view(np.dtype(entry.source.dtype.raw)))
+                out = out_buffer.view(np.dtype(entry.dtype.raw))[: raw.size].reshape(raw.shape)
+                if not merger.block(at - begin, raw, out):
+                    self.finite = False
+                yield at, raw, out
 
 
 _local = threading.local()

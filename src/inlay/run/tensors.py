@@ -11,6 +11,7 @@ from inlay.checkpoints.spans import SpanReader
 from inlay.errors import InputError
 from inlay.plan.cost import by_kernel
 from inlay.plan.memory import DEFAULT_MAX_MEMORY, fit
+from inlay.plan.pieces import pieces
 from inlay.plan.types import Entry, Plan
 from inlay.run.merge import Merger
 
@@ -47,12 +48,16 @@ def _merged_bytes(reader: SpanReader, entry: Entry) -> np.ndarray:
         reader.into(entry.source, 0, out)
         return out
     tiling, _ = fit(entry, by_kernel(entry), 1, DEFAULT_MAX_MEMORY)
-    merger = Merger(reader, entry, tiling.rows)
     rows, cols = (entry.count, 1) if entry.elementwise else entry.matrix
     typed = out.view(np.dtype(entry.dtype.raw)).reshape(rows, cols)
     buffer = np.empty(tiling.rows * cols, np.dtype(entry.source.dtype.raw))
-    for first in range(0, rows, tiling.rows):
-        last = min(rows, first + tiling.rows)
-        if not merger.block(first, merger.read(first, last, buffer), typed[first:last]):
-            raise InputError(f"{entry.key}: the merged tensor would hold Inf or NaN")
+    parts = pieces(entry)
+    for piece in parts:
+        merger = Merger(reader, piece.entry, tiling.rows, by_rows=len(parts) > 1)
+        begin, end = (0, rows) if len(parts) == 1 else (piece.first, piece.last)
+        for first in range(begin, end, tiling.rows):
+            last = min(end, first + tiling.rows)
+            raw = merger.read(first - begin, last - begin, buffer)
+            if not merger.block(first - begin, raw, typed[first:last]):
+                raise InputError(f"{entry.key}: the merged tensor would hold Inf or NaN")
     return out

@@ -22,7 +22,7 @@ TWICE = "the adapter applied twice"
 
 def find_cause(expected: Expected, stored: Array, dtype: DType, adapters: Sequence[AdapterUse]) -> str:
     """The mistake that turns `expected` into `stored` (rows of stored bits), or what is left of the delta."""
-    if any(step.magnitude is not None for step, _ in expected.deltas) or not expected.deltas:
+    if not expected.deltas or any(step.magnitude is not None for step, _ in expected.deltas):
         return ""
     wanted = stored.view(f"u{stored.itemsize}")
     for cause, value in _candidates(expected, dtype, adapters):
