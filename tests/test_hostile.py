@@ -345,7 +345,7 @@ def test_a_broken_record_beside_the_adapter_is_refused_by_name(
 
 
 WRONG_TYPES: list[tuple[str, Any]] = [
-    ("peft_type", None), ("peft_type", "IA3"), ("peft_type", ["LORA"]), ("peft_type", 1),
+    ("peft_type", None), ("peft_type", "PSOFT"), ("peft_type", ["LORA"]), ("peft_type", 1),
     ("r", 0), ("r", -1), ("r", 4.0), ("r", "4"), ("r", True), ("r", [4]), ("r", 10**400),
     ("lora_alpha", "8"), ("lora_alpha", True), ("lora_alpha", [8]), ("lora_alpha", {"a": 1}), ("lora_alpha", 10**400),
     ("use_rslora", "true"), ("use_rslora", 1), ("use_dora", "false"), ("use_dora", 1), ("fan_in_fan_out", "no"),

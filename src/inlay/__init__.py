@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # names of the table below, for type checkers
     from inlay.errors import InlayError
     from inlay.plan.build import make_plan
     from inlay.plan.types import Plan, dumps, loads
+    from inlay.run.combine import Combination, combine_adapters
     from inlay.run.execute import RunResult, run_plan
     from inlay.run.tensors import merged_tensors
     from inlay.verification.report import Report
@@ -49,10 +50,12 @@ if TYPE_CHECKING:  # names of the table below, for type checkers
 _WHERE = {
     "Adapter": "adapters.adapter",
     "Checkpoint": "checkpoints.checkpoint",
+    "Combination": "run.combine",
     "InlayError": "errors",
     "Plan": "plan.types",
     "Report": "verification.report",
     "RunResult": "run.execute",
+    "combine_adapters": "run.combine",
     "dumps": "plan.types",
     "loads": "plan.types",
     "make_plan": "plan.build",

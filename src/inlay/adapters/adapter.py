@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from inlay.adapters.mlx import WEIGHTS as MLX_WEIGHTS
+from inlay.adapters.mlx import is_mlx, parse_mlx_config, parse_mlx_name
 from inlay.adapters.peft_config import PeftConfig, parse_peft_config
-from inlay.adapters.peft_names import FULL, ORIGINAL, parse_name
+from inlay.adapters.peft_names import FULL, ORIGINAL, PartName, parse_name, part_patterns
 from inlay.checkpoints.header import TensorInfo, read_header
 from inlay.checkpoints.json_files import read_json_object
 from inlay.checkpoints.torch_bin import read_torch_bin
 from inlay.digests import digest_file, join
 from inlay.errors import AdapterError, CheckpointError
+from inlay.tuners import dense
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -29,7 +33,9 @@ ARGS = "args.json"
 class Adapter:
     """One adapter; tensors are known by span and not read.
 
-    `parts` maps module -> part name -> tensor, `full` maps the name of a tensor to its full copy.
+    `parts` maps module -> part name -> tensor, `shared` part name -> tensor for what all modules share,
+    `full` maps the name of a tensor to its full copy. `turned` says that the pairs are stored transposed:
+    A (in, r), B (r, out).
     Names are those of the model in memory when it was trained, without PEFT's prefix.
     """
 
@@ -43,6 +49,8 @@ class Adapter:
     unused: tuple[str, ...]
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     args: Mapping[str, Any] = field(default_factory=dict)
+    shared: Mapping[str, TensorInfo] = field(default_factory=dict)
+    turned: bool = False
 
     @cached_property
     def digest(self) -> str:
@@ -75,9 +83,14 @@ def read_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
         raise AdapterError(f"{directory}: no such directory")
     if not (directory / CONFIG).exists():
         raise AdapterError(f"{directory}: {_what_is_here(directory)}")
-    config = parse_peft_config(read_json_object(directory / CONFIG, AdapterError), directory / CONFIG)
-    weights_file, tensors = _read_weights(directory)
-    parts, full, unused = _sort(tensors, directory / weights_file)
+    raw = read_json_object(directory / CONFIG, AdapterError)
+    from_mlx = is_mlx(raw)
+    config = (parse_mlx_config if from_mlx else parse_peft_config)(raw, directory / CONFIG)
+    weights_file, tensors = _read_weights(directory, (MLX_WEIGHTS,) if from_mlx else WEIGHTS)
+    patterns = _patterns(config)
+    parse = parse_mlx_name if from_mlx else partial(parse_name, patterns=patterns)
+    parts, full, unused = _sort(tensors, directory / weights_file, parse)
+    shared = parts.pop("", {})
     fingerprint = _optional(directory / FINGERPRINT)
     _check_fingerprint(fingerprint, directory / FINGERPRINT)
     return Adapter(
@@ -89,6 +102,8 @@ def read_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
         parts=parts,
         full=full,
         unused=unused,
+        shared=shared,
+        turned=from_mlx,
         fingerprint=fingerprint,
         args=_optional(directory / ARGS),
     )
@@ -127,28 +142,36 @@ def _what_is_here(directory: Path) -> str:
     return f"no {CONFIG}: not an adapter in PEFT's format"
 
 
-def _read_weights(directory: Path) -> tuple[str, tuple[TensorInfo, ...]]:
-    for file in WEIGHTS:
+def _read_weights(directory: Path, names: Sequence[str]) -> tuple[str, tuple[TensorInfo, ...]]:
+    for file in names:
         path = directory / file
         if path.exists():
             try:
                 return file, read_header(path).tensors if file.endswith(".safetensors") else read_torch_bin(path)
             except CheckpointError as error:
                 raise AdapterError(str(error)) from None
-    raise AdapterError(f"{directory}: {CONFIG} is there, but none of {', '.join(WEIGHTS)}")
+    raise AdapterError(f"{directory}: {CONFIG} is there, but none of {', '.join(names)}")
 
 
 Sorted = tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo], tuple[str, ...]]
 
 
-def _sort(tensors: tuple[TensorInfo, ...], where: Path) -> Sorted:
+def _patterns(config: PeftConfig) -> tuple[re.Pattern[str], ...]:
+    """Patterns of the tensor names of a method that is not LoRA."""
+    if config.peft_type not in dense.FILES:
+        return ()
+    file = dense.tuner(dense.FILES[config.peft_type])
+    return part_patterns((*file.REQUIRED, *file.OPTIONAL), file.SHARED)
+
+
+def _sort(tensors: tuple[TensorInfo, ...], where: Path, parse: Callable[[str], PartName]) -> Sorted:
     """Tensors by module and part, full copies by name; two tensors for one place are an error."""
     parts: defaultdict[str, dict[str, TensorInfo]] = defaultdict(dict)
     full: dict[str, TensorInfo] = {}
     unused: list[str] = []
     names: set[str] = set()
     for t in tensors:
-        found = parse_name(t.key)
+        found = parse(t.key)
         if found.adapter_name:
             names.add(found.adapter_name)
         if found.part == ORIGINAL:

@@ -1,6 +1,6 @@
 """`adapter_config.json` of PEFT, of any age: every field is used, known to change nothing, or refused.
 
-The fields are those of `LoraConfig` from PEFT 0.2 to 0.21.
+The fields of LoRA are those of `LoraConfig` from PEFT 0.2 to 0.21; those of the other methods stand in their files.
 A field that is set (not null, false or empty) and is in none of the tables below is an error that
 names it: a setting that changes the weights must not pass unnoticed.
 """
@@ -13,9 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from inlay.errors import AdapterError
+from inlay.tuners import dense
+from inlay.tuners.refused import REFUSED_TYPES
 
 PATTERN_SECONDS = 1.0  # for all names of an adapter together; real patterns take microseconds
 SLOW_MATCH_SECONDS = 0.005
@@ -33,13 +36,12 @@ NO_EFFECT = frozenset({
 
 USED = frozenset({
     "alpha_pattern", "bias", "ensure_weight_tying", "fan_in_fan_out", "lora_alpha", "lora_bias", "modules_to_save",
-    "r", "rank_pattern", "trainable_token_indices", "use_dora", "use_rslora",
+    "r", "rank_pattern", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
 })  # fmt: skip
 
 REFUSED: dict[str, str] = {
     "layer_replication": "the adapter belongs to a model with repeated layers, which has more layers than this base; "
     "build that model first, and merge into it with layer_replication removed",
-    "target_parameters": "LoRA on bare parameters (experts) is not supported",
     "use_bdlora": "block-diagonal LoRA is not supported",
     "kasa_config": "KaSA cuts singular components off the base, which is not supported",
     "use_qalora": "QALoRA merges into the zero points of a GPTQ base, which is not supported",
@@ -47,6 +49,18 @@ REFUSED: dict[str, str] = {
     "arrow_config": "Arrow routes between adapters per token, so no merged weight equals it",
     "enable_lora": "LoRA on parts of a fused layer (PEFT 0.2's MergedLinear) is not supported",
 }
+
+# Fields that every method's config has, or may have.
+COMMON = frozenset({
+    "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias", "rank_pattern",
+    "alpha_pattern", "peft_version", "fan_in_fan_out", "r", "trainable_token_indices", "ensure_weight_tying",
+})  # fmt: skip
+COMMON_REFUSED = {"layer_replication": REFUSED["layer_replication"]}
+# Methods that replace values instead of changing them need no file of their own.
+OWN_FIELDS = {"LN_TUNING": frozenset[str](), "TRAINABLE_TOKENS": frozenset({"token_indices", "init_weights"})}
+MERGED_TYPES = frozenset({"LORA", *dense.FILES, *OWN_FIELDS})
+ALPHA = ("lora_alpha", "alpha", "randlora_alpha")
 
 # Initialisations that move the base weight: merging into the original base would be wrong.
 BASE_SHIFTING_INIT = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -72,6 +86,21 @@ class PeftConfig:
     base_model: str | None
     task_type: str | None
     peft_version: str | None
+    peft_type: str = "LORA"
+    target_parameters: tuple[str, ...] = ()
+    fixed_scaling: float | None = None  # where a file of another tool gives the scaling itself
+
+    @property
+    def tuner(self) -> str:
+        """What the method is called: the file in `tuners/`, or the word for what replaces values."""
+        if self.peft_type == "LORA":
+            return "dora" if self.use_dora else "lora"
+        return dense.FILES.get(self.peft_type, self.peft_type.lower())
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether the config has an alpha at all; some methods know none."""
+        return any(self.raw.get(name) is not None for name in ALPHA)
 
     def rank(self, module: str) -> int:
         """Rank that the config gives to `module` (its in-memory name)."""
@@ -82,6 +111,8 @@ class PeftConfig:
 
     def scaling(self, module: str) -> float:
         """alpha / r, or alpha / sqrt(r) with rsLoRA, as float64."""
+        if self.fixed_scaling is not None:
+            return self.fixed_scaling
         rank, alpha = self.rank(module), self.alpha(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
@@ -143,39 +174,56 @@ def parse_peft_config(raw: Mapping[str, Any], where: Path) -> PeftConfig:
 
     Raises AdapterError for another kind of adapter, and for fields that are refused, unknown or malformed.
     """
-    peft_type = raw.get("peft_type")
-    if peft_type != "LORA":
-        raise AdapterError(f"{where}: peft_type {peft_type!r} is not supported; this version merges LORA")
-    reasons = [*_refusals(raw), *_unknown(raw)]
+    kind = raw.get("peft_type")
+    if not isinstance(kind, str):
+        raise AdapterError(f"{where}: peft_type must be the name of a method, found {kind!r:.80}")
+    if kind in REFUSED_TYPES:
+        raise AdapterError(f"{where}: peft_type {kind} is not merged: {REFUSED_TYPES[kind]}")
+    if kind not in MERGED_TYPES:
+        raise AdapterError(f"{where}: peft_type {kind!r} is not known; merged are {', '.join(sorted(MERGED_TYPES))}")
+    reasons = [*_refusals(raw, kind), *_unknown(raw, kind)]
     if reasons:
         raise AdapterError(f"{where}: cannot be merged (nothing was written)\n  " + "\n  ".join(reasons))
     field = _Fields(raw, where)
     return PeftConfig(
         raw=raw,
         r=field.positive("r", 8),
-        lora_alpha=field.number("lora_alpha", 8),
-        rank_pattern={k: field.as_rank(v, f"rank_pattern[{k!r}]") for k, v in field.table("rank_pattern").items()},
+        lora_alpha=field.number(next((n for n in ALPHA if n in raw), "lora_alpha"), 8),
+        rank_pattern=_rank_pattern(field, kind),
         alpha_pattern={k: field.as_number(v, f"alpha_pattern[{k!r}]") for k, v in field.table("alpha_pattern").items()},
         use_rslora=field.flag("use_rslora"),
         use_dora=field.flag("use_dora"),
         fan_in_fan_out=field.flag("fan_in_fan_out"),
-        bias=field.choice("bias", ("none", "all", "lora_only")),
+        bias=field.choice("bias", ("none", "all", "lora_only", f"{str(kind).lower()}_only")),
         lora_bias=field.flag("lora_bias"),
         modules_to_save=tuple(dict.fromkeys(field.names("modules_to_save"))),
-        trainable_token_indices=_token_indices(raw.get("trainable_token_indices"), where),
+        trainable_token_indices=_token_indices(
+            raw.get("token_indices" if kind == "TRAINABLE_TOKENS" else "trainable_token_indices"), where
+        ),
         ensure_weight_tying=field.flag("ensure_weight_tying"),
         base_model=field.text("base_model_name_or_path"),
         task_type=field.text("task_type"),
         peft_version=field.text("peft_version"),
+        peft_type=str(kind),
+        target_parameters=tuple(dict.fromkeys(field.names("target_parameters"))),
     )
+
+
+def _rank_pattern(field: _Fields, kind: str) -> dict[str, int]:
+    if kind == "ADALORA":  # there it lists which components were kept, which the tensors show
+        return {}
+    return {k: field.as_rank(v, f"rank_pattern[{k!r}]") for k, v in field.table("rank_pattern").items()}
 
 
 def _is_set(value: Any) -> bool:
     return value is not None and value is not False and value not in ("", [], {})
 
 
-def _refusals(raw: Mapping[str, Any]) -> list[str]:
-    found = [f"{name}: {why}" for name, why in REFUSED.items() if _is_set(raw.get(name))]
+def _refusals(raw: Mapping[str, Any], kind: str) -> list[str]:
+    refused = REFUSED if kind == "LORA" else {**COMMON_REFUSED, **getattr(_file(kind), "REFUSED", {})}
+    found = [f"{name}: {why}" for name, why in refused.items() if _is_set(raw.get(name))]
+    if kind != "LORA":
+        return found
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower().replace("-", "_").startswith(BASE_SHIFTING_INIT):
         found.append(
@@ -186,8 +234,20 @@ def _refusals(raw: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _unknown(raw: Mapping[str, Any]) -> list[str]:
-    known = NO_EFFECT | USED | REFUSED.keys()
+def _file(kind: str) -> ModuleType | None:
+    return dense.tuner(dense.FILES[kind]) if kind in dense.FILES else None
+
+
+def _known_fields(kind: str) -> frozenset[str]:
+    if kind == "LORA":
+        return NO_EFFECT | USED | REFUSED.keys()
+    file = _file(kind)
+    own = file.FIELDS | file.IGNORED | file.REFUSED.keys() if file else OWN_FIELDS[kind]
+    return COMMON | COMMON_REFUSED.keys() | own
+
+
+def _unknown(raw: Mapping[str, Any], kind: str) -> list[str]:
+    known = _known_fields(kind)
     return [
         f"{name} = {value!r:.80}: this field is not known, and it may change the weights; set it to null if it does not"
         for name, value in raw.items()

@@ -55,7 +55,7 @@ def _adapter_facts(adapter: Adapter, base: Checkpoint | None) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "kind": "adapter",
         "path": str(adapter.path),
-        "tuner": "dora" if config.use_dora else "lora",
+        "tuner": config.tuner,
         "rank": sorted({config.rank(m) for m in adapter.parts}),
         "alpha": sorted({config.alpha(m) for m in adapter.parts}),
         "scaling": sorted({config.scaling(m) for m in adapter.parts}),

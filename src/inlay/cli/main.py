@@ -13,7 +13,7 @@ from importlib import import_module
 from io import TextIOWrapper
 
 from inlay import __version__
-from inlay.cli import arguments
+from inlay.cli import arguments, options
 from inlay.cli.options import EXAMPLES, Parser, spelled
 
 COMMANDS = {
@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "show what export would do, and write nothing",
     "verify": "check whether a directory is base + adapters, whoever made it",
     "inspect": "say what is in a base, an adapter or a merged directory",
+    "combine": "make one LoRA adapter of several, by the methods of PEFT",
 }
 
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command, rest = _command(words)
         parser = Parser(prog=f"inlay {command}", description=COMMANDS[command], allow_abbrev=False)
-        getattr(arguments, command)(parser)
+        (options.add_combining if command == "combine" else getattr(arguments, command))(parser)
         args = parser.parse_args(spelled(rest))
     except SystemExit as stop:  # argparse has printed help or an error
         return stop.code if isinstance(stop.code, int) else 2

@@ -18,7 +18,14 @@ EXAMPLES = """examples:
   inlay plan   --model BASE --adapters ADAPTER
   inlay verify --model BASE --adapters ADAPTER --merged OUT
   inlay inspect PATH
+  inlay combine --adapters A B --combine ties --density 0.5 --output_dir C
 """
+
+# Those of `inlay.tuners.combining.METHODS`, which would load numpy.
+COMBINE_METHODS = (
+    "cat", "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd",
+    "magnitude_prune", "magnitude_prune_svd",
+)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,6 +131,43 @@ def add_printing(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     add_flag(group, "--json", help="print the facts as JSON")
     add_flag(group, "--quiet", help="no progress, no log")
+
+
+def add_combining(parser: argparse.ArgumentParser) -> None:
+    """Options of `inlay combine`."""
+    group = parser.add_argument_group("what to combine")
+    group.add_argument(
+        "--adapters", "--adapter", "--ckpt_dir", nargs="+", action=Items, required=True, metavar="DIR",
+        help="LoRA adapters of one base",
+    )  # fmt: skip
+    group.add_argument(
+        "--adapter_weights", nargs="+", action=Items, default=None, metavar="W",
+        help="a factor for each adapter, negative ones too (1.0 each)",
+    )  # fmt: skip
+    add_flag(group, "--use_modelscope", help="take ids from ModelScope instead of the Hugging Face Hub")
+    group = parser.add_argument_group("how")
+    group.add_argument(
+        "--combine", "--combination_type", default="cat", choices=COMBINE_METHODS, metavar="METHOD",
+        help=f"{', '.join(COMBINE_METHODS)}; cat, the default, is the exact sum",
+    )  # fmt: skip
+    group.add_argument(
+        "--density",
+        default=None,
+        type=float,
+        metavar="D",
+        help="share of elements to keep: ties, dare, magnitude_prune",
+    )
+    group.add_argument(
+        "--majority_sign_method", default=None, choices=("total", "frequency"),
+        help="ties: the sign of the sum (total, the default), or of most adapters",
+    )  # fmt: skip
+    group.add_argument(
+        "--svd_rank", default=None, type=int, metavar="R", help="rank of svd and …_svd (largest of the adapters)"
+    )
+    group.add_argument("--seed", default=None, type=int, metavar="N", help="decides what dare drops (0)")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="where to write the adapter")
+    add_flag(parser, "--exist_ok", help="replace an adapter that is there, once the new one is whole")
+    add_printing(parser)
 
 
 def torch_dtype(args: argparse.Namespace) -> str | None:

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
+AS_THEY_ARE = "names as they are"
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -28,7 +30,7 @@ class Rule:
     def __str__(self) -> str:
         if self.drop:
             return f"names without their leading {self.drop!r}"
-        return f"names with {self.add!r} in front" if self.add else "names as they are"
+        return f"names with {self.add!r} in front" if self.add else AS_THEY_ARE
 
 
 def find_rule(names: Iterable[str], keys: Set[str]) -> Rule:

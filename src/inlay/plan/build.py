@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,14 +15,18 @@ from inlay.checkpoints.spans import BASE, SpanReader, TensorRef, adapter_root
 from inlay.dtypes import BY_TORCH_NAME, DTYPES, DType
 from inlay.errors import InputError, PlanError, Problem
 from inlay.keys import families
+from inlay.keys.rules import AS_THEY_ARE
 from inlay.output.destination import check_destination
 from inlay.plan import cost, layout, sidecars
 from inlay.plan.combine import COMBINE, Draft, combine, order_matters, overlaps
-from inlay.plan.contribute import Contribution, contribute
+from inlay.plan.contribute import contribute
 from inlay.plan.memory import DEFAULT_MAX_MEMORY
+from inlay.plan.pieces import cuts_norms, pieces
+from inlay.plan.placer import Contribution
 from inlay.plan.tied import Untied, settle_ties
 from inlay.plan.types import (
     AdapterUse,
+    Dense,
     Entry,
     Expectation,
     InputFile,
@@ -30,6 +35,7 @@ from inlay.plan.types import (
     Settings,
     ShardPlan,
     Sidecar,
+    Step,
 )
 
 StrPath = str | os.PathLike[str]
@@ -105,6 +111,22 @@ def _check_request(adapters: Sequence[Adapter], weights: Sequence[float] | None,
     return tuple(float(w) for w in weights)
 
 
+def _leading(draft: Draft, shape: tuple[int, ...]) -> int:
+    """Axes that make the rows of the matrix: two for a stack of experts of which steps change single ones."""
+    ranged = any(isinstance(step, Step) and step.rows is not None for step in draft.steps)
+    return 2 if ranged and len(shape) == 3 else 1
+
+
+def _reach(step: Step | Dense) -> tuple[int, int]:
+    """Rows and columns of the stored matrix that a step is for."""
+    if isinstance(step, Step):
+        return step.left.shape[0] if step.left else 1, step.right.shape[1]
+    if step.bias:
+        return 1, step.shape[0]
+    rows, cols = step.shape[0], math.prod(step.shape[1:])
+    return (cols, rows) if step.transposed else (rows, cols)
+
+
 class _Planner:
     """Gathers what a plan needs; `problems` and `hints` fill while it works."""
 
@@ -158,16 +180,20 @@ class _Planner:
             named = found.adapter.base_model
             if found.problems and named:
                 self.hints.append(f"{found.adapter.name} names {named} as its base; this is {self.base.path}.")
+            if found.problems and found.hint:
+                self.hints.append(f"Other names than those of the files were not looked for: {found.hint}.")
             if found.adapter.unused:
                 self.notes.append(
                     f"{found.adapter.name}: not used, being repeated: {', '.join(found.adapter.unused[:4])}"
                 )
-            if str(found.rule) != "names as they are":
+            if found.rule != AS_THEY_ARE:
                 self.notes.append(f"{found.adapter.name}: {found.rule}")
 
     def _check_values(self, found: Contribution) -> None:
         values = scan_values(found.adapter)
         self.problems += [Problem(key, f"NaN or Inf in adapter {found.adapter.name}") for key in values.nonfinite]
+        if found.adapter.config.peft_type != "LORA":
+            return
         acting = [t.key for t in found.adapter.tensors if "lora_A" not in t.key and "lora_embedding_A" not in t.key]
         if acting and set(acting) <= set(values.zero):
             self.warnings.append(f"{found.adapter.name} is zero everywhere: the merged weights equal the base")
@@ -216,13 +242,24 @@ class _Planner:
         self._check_steps(key, source, draft)
         if draft.patches:
             shape = self._grown(key, shape, draft)
-        return Entry(key, dtype, shape, source, tuple(draft.patches), tuple(draft.steps))
+        entry = Entry(key, dtype, shape, source, tuple(draft.patches), tuple(draft.steps), _leading(draft, shape))
+        self._check_pieces(entry)
+        return entry
+
+    def _check_pieces(self, entry: Entry) -> None:
+        """What changes single modules of a fused tensor does not go together with what needs all of it."""
+        if cuts_norms(entry) or (entry.patches and len(pieces(entry)) > 1):
+            names = ", ".join(sorted({self.adapters[step.adapter].name for step in entry.steps}))
+            what = f"{names} change it as a whole and in part, which cannot be done in one go; merge them in turn"
+            self.problems.append(Problem(entry.key, what))
 
     def _check_steps(self, key: str, source: TensorRef, draft: Draft) -> None:
         """A step was fitted to the base, or to its adapter's own copy; another adapter's copy may be longer."""
         for step in draft.steps:
-            rows = step.left.shape[0] if step.left else 1
-            if (rows, step.right.shape[1]) != source.matrix:
+            rows, cols = _reach(step)
+            if isinstance(step, Step) and step.rows is not None:
+                continue  # was fitted to its rows of the base, of which no adapter has a copy of its own
+            if (rows, cols) != source.matrix:
                 names = self.adapters[step.adapter].name, source.root if source.root == BASE else self._owner(source)
                 what = (
                     f"{names[0]} is for {rows} rows, {names[1]} gives it {source.matrix[0]}; they do not fit together"
@@ -332,7 +369,7 @@ class _Planner:
         return AdapterUse(
             name=adapter.name,
             digest=adapter.digest,
-            tuner="dora" if adapter.config.use_dora else "lora",
+            tuner=adapter.config.tuner,
             weight=found.weight,
             rank=tuple(sorted(found.ranks)),
             scaling=tuple(sorted(found.scalings)),

@@ -16,10 +16,18 @@ from inlay.checkpoints.checkpoint import Checkpoint
 from inlay.checkpoints.spans import BASE, SpanReader, TensorRef
 from inlay.dtypes import F64Array, decode
 from inlay.errors import Problem
-from inlay.plan.contribute import Contribution
-from inlay.plan.types import Rows, Step
+from inlay.plan.placer import Contribution
+from inlay.plan.types import Dense, Rows, Step
+from inlay.tuners.dense import tuner
 
 COMBINE = ("sum", "override")
+
+
+def additive(step: Step | Dense) -> bool:
+    """Whether a step adds something that does not depend on the weight."""
+    if isinstance(step, Step):
+        return step.magnitude is None
+    return bool(tuner(step.tuner).ADDITIVE) and not step.bias
 
 
 @dataclass
@@ -28,7 +36,7 @@ class Draft:
 
     source: TensorRef | None = None
     patches: list[Rows] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
+    steps: list[Step | Dense] = field(default_factory=list)
     by: set[int] = field(default_factory=set)
 
     @property
@@ -43,8 +51,9 @@ def _weight_problems(found: Contribution) -> list[Problem]:
     """A factor scales a sum; it has no meaning for a DoRA or for a tensor that is replaced."""
     if found.weight == 1.0:
         return []
-    dora = any(step.tuner == "dora" for steps in found.steps.values() for step in steps)
-    there = (("DoRA", dora), ("full copies", found.copies), ("token rows", found.rows))
+    other = {step.tuner for steps in found.steps.values() for step in steps if not additive(step)}
+    names = " and ".join(sorted("DoRA" if name == "dora" else name for name in other))
+    there = ((names, other), ("full copies", found.copies), ("token rows", found.rows))
     kinds = " and ".join(name for name, has in there if has)
     if not kinds:
         return []
@@ -158,9 +167,9 @@ class _Combiner:
 
 
 def order_matters(drafts: dict[str, Draft]) -> bool:
-    """Whether another order of the adapters would give another result: as soon as a DoRA meets another adapter."""
+    """Whether another order of the adapters would give another result: as soon as one that is no sum meets another."""
     return any(
-        len({step.adapter for step in draft.steps}) > 1 and any(step.tuner == "dora" for step in draft.steps)
+        len({step.adapter for step in draft.steps}) > 1 and not all(additive(step) for step in draft.steps)
         for draft in drafts.values()
     )
 

@@ -6,72 +6,47 @@ Every tensor of the adapter ends in exactly one contribution, or in a problem th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from inlay.adapters.adapter import Adapter
 from inlay.checkpoints.checkpoint import Checkpoint
 from inlay.checkpoints.header import TensorInfo
-from inlay.checkpoints.spans import TensorRef, adapter_root
-from inlay.errors import Problem
 from inlay.keys import families
-from inlay.keys.rules import Rule, find_rule, near
+from inlay.keys.memory import Slice
+from inlay.keys.names import Names
+from inlay.plan import dense, experts, fused
+from inlay.plan.placer import Contribution, Placer
 from inlay.plan.types import Part, Rows, Step
 
 PAIRS = ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"})
-
-
-@dataclass
-class Contribution:
-    """What one adapter does, by key of the base (or by a new key, for a saved head)."""
-
-    adapter: Adapter
-    position: int
-    weight: float
-    rule: Rule = field(default_factory=Rule)
-    copies: dict[str, TensorRef] = field(default_factory=dict)
-    saved: set[str] = field(default_factory=set)  # the copies that modules_to_save lists
-    rows: dict[str, Rows] = field(default_factory=dict)
-    steps: dict[str, list[Step]] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-    scalings: set[float] = field(default_factory=set)
-    ranks: set[int] = field(default_factory=set)
-
-    @property
-    def keys(self) -> set[str]:
-        return {*self.copies, *self.rows, *self.steps}
 
 
 def contribute(adapter: Adapter, position: int, weight: float, base: Checkpoint) -> Contribution:
     """Place every tensor of the adapter."""
     found = Contribution(adapter, position, weight)
     names = [f"{module}.weight" for module in adapter.parts] or list(adapter.full)
-    found.rule = find_rule(names, base.tensors.keys())
-    place = _Placer(found, base)
-    for module, parts in adapter.parts.items():
+    shapes = {key: info.shape for key, (_, info) in base.tensors.items()}
+    place = _Pairs(found, base, Names(base.config, shapes, names))
+    for module, parts in place.without_parameters(adapter.parts).items():
         place.module(module, parts)
     for name, tensor in adapter.full.items():
         place.full_copy(name, tensor)
+    found.rule, found.hint = str(place.names.rule), place.names.unavailable
+    if place.names.used_layout:
+        found.rule += ", and as transformers maps them from memory to disk"
     return found
 
 
-class _Placer:
-    """Places the tensors of one adapter on one base."""
+class _Pairs(Placer):
+    """Places low-rank pairs and full copies, and hands the rest to the files that know it."""
 
-    def __init__(self, found: Contribution, base: Checkpoint) -> None:
-        self.found = found
-        self.base = base
-        self.adapter = found.adapter
-        self.config = found.adapter.config
-        self.model_type = base.config.get("model_type")
-        self.own_shapes: dict[str | None, tuple[int, ...]] = {
-            found.rule.key(name): tensor.shape for name, tensor in self.adapter.full.items()
-        }
-
-    def ref(self, tensor: TensorInfo) -> TensorRef:
-        return TensorRef.of(adapter_root(self.found.position), self.adapter.weights_file, tensor)
-
-    def problem(self, where: str, what: str) -> None:
-        self.found.problems.append(Problem(where, what))
+    def without_parameters(
+        self, modules: Mapping[str, Mapping[str, TensorInfo]]
+    ) -> Mapping[str, Mapping[str, TensorInfo]]:
+        """The modules that are left when those with LoRA on bare parameters have been placed."""
+        if not self.config.target_parameters:
+            return modules
+        done = {m for m, wrappers in experts.wrapped(modules).items() if experts.place(self, m, wrappers)}
+        return {name: parts for name, parts in modules.items() if experts.plain_module(name) not in done}
 
     def module(self, module: str, parts: Mapping[str, TensorInfo]) -> None:
         """Place the parts of one module."""
@@ -80,8 +55,8 @@ class _Placer:
         names = {name for name in parts if name != "token_rows"}
         if not names:
             return
-        key = self._weight_key(module)
-        if key is None:
+        if self.config.peft_type != "LORA":
+            dense.place(self, module, {name: parts[name] for name in names})
             return
         pair = next((p for p in PAIRS if p <= names), None)
         extra = names - (pair or set()) - {"magnitude", "lora_bias"}
@@ -92,56 +67,40 @@ class _Placer:
         if not all(parts[name].dtype.mergeable for name in names):
             self.problem(module, f"adapter tensors of type {', '.join(sorted({parts[n].dtype.name for n in names}))}")
             return
+        slices = self._fused(module)
+        if slices:
+            fused.place(self, module, parts, slices)
+            return
+        key = self.weight_key(module)
+        if key is None:
+            return
         step = self._step(module, key, parts, embedding="lora_embedding_A" in pair)
         if step is not None:
             self.found.steps.setdefault(key, []).append(step)
         if "lora_bias" in names:
             self._bias(module, parts["lora_bias"])
 
-    def _weight_key(self, module: str) -> str | None:
-        """Key of the module's weight, or a problem."""
-        # A module inside a wrapped one keeps the wrapper's name: attn.base_layer.out_proj (MultiheadAttention).
-        plain = module.replace(".base_layer.", ".")
-        for leaf in (".weight", ".in_proj_weight"):
-            key = self.found.rule.key(plain + leaf)
-            if key in self.base.tensors or (leaf == ".weight" and key == self._tied_head()):
-                return key
-        key = self.found.rule.key(plain + ".weight")
-        close = near(key, self.base.tensors)
-        self.problem(module, f"reaches nothing: the base has no {key}" + (f"; near: {close}" if close else ""))
-        return None
-
-    def _tied_head(self) -> str | None:
-        """Key of a head that is not stored because it is tied to the embedding."""
-        keys = self.base.tensors.keys()
-        key = families.head_key(self.base.config, keys) if families.is_tied(self.base.config, keys) else None
-        return key if key and key not in keys else None
-
-    def _shape(self, key: str) -> tuple[int, ...]:
-        """Shape that a step on this weight has to fit: that of the adapter's own full copy where it brings one.
-
-        A head that is tied and not stored has the shape of the embedding.
-        """
-        for end in (key, embedding_key(self.base) if key == self._tied_head() else None):
-            if end in self.own_shapes:
-                return self.own_shapes[end]
-            if end in self.base.tensors:
-                return self.base.tensors[end][1].shape
-        return ()
+    def _fused(self, module: str) -> tuple[Slice, ...]:
+        """What holds the module's weight, if that is not one tensor of its own."""
+        name = module.replace(".base_layer.", ".") + ".weight"
+        key = self.names.rule.key(name)
+        if key in self.base.tensors or key == self.tied_head() or self.names.key(name) in self.base.tensors:
+            return ()
+        return self.names.slices(name)
 
     def _step(self, module: str, key: str, parts: Mapping[str, TensorInfo], embedding: bool) -> Step | None:
-        shape = self._shape(key)
-        if not self._target_is_float(module, key):
+        shape = self.shape(key)
+        if not self.target_is_float(module, key):
             return None
         oriented = (self._embedding if embedding else self._pair)(module, shape, parts)
         if oriented is None:
             return None
         left, right, axis = oriented
         rank = right.shape[0]
-        if not self._rank_agrees(module, rank):
+        if not self.rank_agrees(module, rank):
             return None
         magnitude = parts.get("magnitude")
-        if not self._magnitude_fits(module, magnitude, shape[0] if axis == 1 else shape[-1]):
+        if not self.magnitude_fits(module, magnitude, shape[0] if axis == 1 else shape[-1]):
             return None
         scaling = self.config.scaling(module) * self.found.weight
         self.found.scalings.add(self.config.scaling(module))
@@ -149,19 +108,6 @@ class _Placer:
         if magnitude is None:
             return Step(self.found.position, "lora", scaling, right, left)
         return Step(self.found.position, "dora", scaling, right, left, self.ref(magnitude), axis)
-
-    def _target_is_float(self, module: str, key: str) -> bool:
-        dtype = self.base.tensors[key][1].dtype if key in self.base.tensors else None
-        if dtype is None or dtype.mergeable:
-            return True
-        self.problem(module, f"the base stores {key} as {dtype.name} codes, which cannot be added to")
-        return False
-
-    def _rank_agrees(self, module: str, rank: int) -> bool:
-        if rank == self.config.rank(module):
-            return True
-        self.problem(module, f"rank {rank} in the file, {self.config.rank(module)} in the config")
-        return False
 
     def _embedding(
         self, module: str, shape: tuple[int, ...], parts: Mapping[str, TensorInfo]
@@ -180,6 +126,8 @@ class _Placer:
     ) -> tuple[Part, Part, int] | None:
         """A (r, in), B (out, r) on a weight stored (out, in) or (in, out); kernels are flattened."""
         a, b = parts["lora_A"], parts["lora_B"]
+        if self.adapter.turned:
+            return self._turned_pair(module, shape, Part.of(self.ref(a)).turned, Part.of(self.ref(b)).turned)
         if len(shape) > 2 and len(a.shape) == len(shape):
             fits = (b.shape[0], *a.shape[1:])
             flat = all(n == 1 for n in b.shape[2:]) and b.shape[1] == a.shape[0]
@@ -195,6 +143,14 @@ class _Placer:
         if transposed:
             return Part.of(self.ref(a)).turned, Part.of(self.ref(b)).turned, 0
         return Part.of(self.ref(b)), Part.of(self.ref(a)), 1
+
+    def _turned_pair(self, module: str, shape: tuple[int, ...], a: Part, b: Part) -> tuple[Part, Part, int] | None:
+        """A and B of MLX, as views in PEFT's orientation; MLX has Linear layers only, stored (out, in)."""
+        two = len(a.ref.shape) == len(b.ref.shape) == 2
+        if two and a.shape[0] == b.shape[1] > 0 and (b.shape[0], a.shape[1]) == shape:
+            return b, a, 1
+        self.problem(module, f"lora_a {a.ref.shape} and lora_b {b.ref.shape} do not fit the base's {shape}")
+        return None
 
     def _two_dimensional(self, module: str, a: TensorInfo, b: TensorInfo) -> bool:
         if len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] > 0:
@@ -227,7 +183,7 @@ class _Placer:
     def _siblings_transposed(self) -> bool | None:
         """How this adapter's other modules lie, where their shapes leave no doubt."""
         for module, parts in self.adapter.parts.items():
-            key = self.found.rule.key(module + ".weight")
+            key = self.names.rule.key(module + ".weight")
             if {"lora_A", "lora_B"} <= parts.keys() and key in self.base.tensors:
                 shape = self.base.tensors[key][1].shape
                 logical = (parts["lora_B"].shape[0], parts["lora_A"].shape[-1])
@@ -235,20 +191,9 @@ class _Placer:
                     return shape != logical
         return None
 
-    def _magnitude_fits(self, module: str, tensor: TensorInfo | None, outputs: int) -> bool:
-        """Whether the DoRA magnitude is there exactly when the config says so, one element for each output."""
-        if (tensor is not None) != self.config.use_dora:
-            here = "has a lora_magnitude_vector" if tensor else "lacks its lora_magnitude_vector"
-            self.problem(module, f"{here}, but use_dora is {str(self.config.use_dora).lower()}")
-            return False
-        if tensor is not None and self.ref(tensor).count != outputs:
-            self.problem(module, f"lora_magnitude_vector {tensor.shape} does not fit {outputs} outputs")
-            return False
-        return True
-
     def _bias(self, module: str, tensor: TensorInfo) -> None:
         """LoRA's own bias is scaled and added to the layer's."""
-        key = self.found.rule.key(module + ".bias")
+        key = self.names.key(module + ".bias")
         if key not in self.base.tensors:
             self.problem(module, f"has a LoRA bias, but the base has no {key} to add it to")
         elif self.base.tensors[key][1].shape != tensor.shape:
@@ -261,15 +206,15 @@ class _Placer:
 
     def _token_rows(self, module: str, tensor: TensorInfo) -> None:
         ids = self._token_ids(module)
-        key = self._weight_key(module)
+        key = self.weight_key(module)
         if key is None:
             return
-        shape = self._shape(key)
+        shape = self.shape(key)
         if ids is None:
             self.problem(module, "has trained token rows, but trainable_token_indices names none for it")
         elif len(shape) != 2 or tensor.shape != (len(ids), shape[1]):
             self.problem(module, f"token rows {tensor.shape} do not fit {len(ids)} indices into {shape}")
-        elif self._target_is_float(module, key):
+        elif self.target_is_float(module, key):
             self.found.rows[key] = Rows(self.found.position, self.ref(tensor), ids)
 
     def _token_ids(self, module: str) -> tuple[int, ...] | None:
@@ -281,24 +226,24 @@ class _Placer:
 
     def full_copy(self, name: str, tensor: TensorInfo) -> None:
         """Place a tensor that replaces one of the base, or is new."""
-        key = self.found.rule.key(name.replace(".base_layer.", "."))
+        key = self.names.key(name.replace(".base_layer.", "."))
         if not tensor.dtype.mergeable:
             self.problem(name, f"a full copy of type {tensor.dtype.name} is not supported")
         elif key in self.base.tensors:
             self._replace(name, key, tensor)
-        elif key == self._tied_head() or self._is_saved(name):
+        elif key == self.tied_head() or self._is_saved(name):
             self._take(name, key, tensor)
         else:
-            close = near(key, self.base.tensors)
-            hint = f"; near: {close}" if close else ""
-            self.problem(name, f"reaches nothing: not in the base, not in modules_to_save{hint}")
+            self.problem(
+                name, self.names.why_not(name.replace(".base_layer.", ".")) + "; not in modules_to_save either"
+            )
 
     def _replace(self, name: str, key: str, tensor: TensorInfo) -> None:
         shape = self.base.tensors[key][1].shape
         resized = len(shape) == 2 and tensor.shape[1:] == shape[1:] and _is_vocabulary(key)
         if tensor.shape != shape and not resized:
             self.problem(name, f"full copy {tensor.shape}, the base has {shape}")
-        elif self._target_is_float(name, key):
+        elif self.target_is_float(name, key):
             self._take(name, key, tensor)
 
     def _take(self, name: str, key: str, tensor: TensorInfo) -> None:
@@ -314,12 +259,3 @@ class _Placer:
 def _is_vocabulary(key: str) -> bool:
     """Whether the rows of this weight are tokens, whose number may change."""
     return key in families.HEADS or families.is_embedding(key.removesuffix(".weight"))
-
-
-def embedding_key(base: Checkpoint) -> str | None:
-    """Key of the input embedding: the one whose rows are as many as the vocabulary, if there are several."""
-    found = [k for k in base.tensors if k.endswith(".weight") and families.is_embedding(k.removesuffix(".weight"))]
-    if len(found) > 1:
-        size = families.text_config(base.config)[1].get("vocab_size")
-        found = [k for k in found if base.tensors[k][1].shape[:1] == (size,)] or found
-    return found[0] if found else None

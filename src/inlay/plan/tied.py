@@ -15,7 +15,8 @@ from inlay.checkpoints.checkpoint import Checkpoint
 from inlay.errors import Problem
 from inlay.keys import families
 from inlay.plan.combine import Draft
-from inlay.plan.contribute import Contribution, embedding_key
+from inlay.plan.placer import Contribution, embedding_key
+from inlay.plan.types import Dense, Step
 
 HEADLESS_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -118,15 +119,17 @@ def _share(end: Draft, opposite: Draft, both_meant: set[int], own_copies: set[in
 def _same(one: Draft, other: Draft, both_meant: set[int], own_copies: set[int]) -> bool:
     """Whether both ends get the same values: from the same tensors, or from what stands for both, saved twice."""
 
+    def _own_parts(step: Step | Dense, shared: bool) -> object:
+        if isinstance(step, Step):
+            return step.scaling, step.rank, None if shared else step.right.ref
+        return None if shared else step.refs
+
     def identity(draft: Draft) -> tuple[object, ...]:
         source: object = draft.source
         if draft.source is not None:
             position = int(draft.source.root.removeprefix("adapter"))
             source = position if position in both_meant | own_copies else draft.source
-        steps = [
-            (step.adapter, step.tuner, step.scaling, step.rank, None if step.adapter in both_meant else step.right.ref)
-            for step in draft.steps
-        ]
+        steps = [(step.adapter, step.tuner, _own_parts(step, step.adapter in both_meant)) for step in draft.steps]
         return source, [(patch.adapter, patch.rows) for patch in draft.patches], steps
 
     return identity(one) == identity(other)

@@ -18,10 +18,7 @@ from inlay.dtypes import F64Array
 
 # peft_type -> file in this folder
 FILES = {
-    "ADALORA": "adalora", "LOHA": "loha", "LOKR": "lokr", "VERA": "vera", "FOURIERFT": "fourierft", "VBLORA": "vblora",
-    "C3A": "c3a", "SHIRA": "shira", "GRALORA": "gralora", "DELORA": "delora", "RANDLORA": "randlora",
-    "IA3": "ia3", "OFT": "oft", "HRA": "hra", "MISS": "miss", "BOFT": "boft", "ROAD": "road", "HIRA": "hira",
-    "DEFT": "deft", "BEFT": "beft",
+    "ADALORA": "adalora", "IA3": "ia3", "LOHA": "loha", "LOKR": "lokr", "OFT": "oft", "VERA": "vera",
 }  # fmt: skip
 
 
