@@ -49,6 +49,9 @@ QWEN_VISION = {
 }
 FAMILIES: dict[str, Model] = {
     "qwen3moe": Model(_of("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **TEXT, **EXPERTS, head_dim=8)),
+    "qwen3moe-square": Model(
+        _of("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **TEXT, **{**EXPERTS, "moe_intermediate_size": 16}, head_dim=8)
+    ),
     "qwen2moe": Model(_of("Qwen2MoeForCausalLM", "Qwen2MoeConfig", **TEXT, **EXPERTS, shared_expert_intermediate_size=20)),
     "mixtral": Model(_of("MixtralForCausalLM", "MixtralConfig", **TEXT, num_local_experts=4)),
     "olmoe": Model(_of("OlmoeForCausalLM", "OlmoeConfig", **TEXT, num_experts=4, num_experts_per_tok=2)),

@@ -50,6 +50,7 @@ ROWS = (
     _row("deepseek3/dense-too", ("kv_b_proj", "gate_proj", "up_proj", "down_proj"), target_parameters=EXPERTS),
     _row("gptoss/biases", ATTENTION, target_parameters=["gate_up_proj", "gate_up_proj_bias", "down_proj"]),
     _row("gptoss-square/experts", ATTENTION, target_parameters=EXPERTS),
+    _row("qwen3moe-square/experts", ATTENTION, target_parameters=EXPERTS),
     _row("qwen25vl/language", r".*language_model.*\.(q_proj|down_proj)"),
     _row("qwen25vl/everything", ("q_proj", "qkv", "mlp.down_proj", "proj")),
     _row("qwen25vl/saved-merger", ("q_proj",), modules_to_save=["merger", "lm_head"]),
@@ -223,13 +224,14 @@ def test_a_square_stack_without_a_version_is_refused(kit: Kit, adapter: Callable
     assert "down_proj" in str(error.value) and "gate_up_proj" not in str(error.value), "only that one is square"
 
 
-def test_a_square_stack_of_old_peft_is_always_turned(kit: Kit, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("version", "turned"), [("0.18.1", True), ("0.19.0", False), ("0.21.2", False)])
+def test_how_a_square_stack_lies_follows_from_the_version(kit: Kit, version: str, turned: bool, tmp_path: Path) -> None:
     """Up to 0.18 the pair was for (in, out) = (d1, d2), whatever the class says."""
     import torch
     from safetensors.torch import save_file
 
     path = tmp_path / "a"
-    base = kit.base("gptoss-square")
+    base = kit.base("qwen3moe-square")
     before = read(base)
     generator = torch.Generator().manual_seed(2)
     a, b = torch.randn(4 * 2, 16, generator=generator), torch.randn(16, 4 * 2, generator=generator)
@@ -240,19 +242,17 @@ def test_a_square_stack_of_old_peft_is_always_turned(kit: Kit, tmp_path: Path) -
         path / "adapter_model.safetensors",
     )
     raw = {
-        "peft_type": "LORA",
-        "r": 2,
-        "lora_alpha": 2,
-        "target_parameters": [f"{module}.down_proj"],
-        "peft_version": "0.18.1",
-    }
+        "peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_parameters": [f"{module}.down_proj"], "peft_version": version,
+    }  # fmt: skip
     (path / "adapter_config.json").write_text(json.dumps(raw))
     inlay.run_plan(inlay.make_plan(base, [path]), tmp_path / "out")
-    weight, merged = float64(before[module + ".down_proj"]), float64(read(tmp_path / "out")[module + ".down_proj"])
+    merged = read(tmp_path / "out")
     for expert in range(4):
+        key = f"{module}.{expert}.down_proj.weight"
+        weight = float64(before[key])
         delta = float64(b).reshape(16, 2, 4)[:, :, expert] @ float64(a)[2 * expert : 2 * expert + 2]
-        exact = weight[expert] + delta.T
-        assert correctly_rounded(merged[expert], exact, reach(exact, weight[expert]), "F32").all()
+        exact = weight + (delta.T if turned else delta)
+        assert correctly_rounded(float64(merged[key]), exact, reach(exact, weight), "F32").all()
 
 
 def test_a_missing_wrapper_is_refused(kit: Kit, adapter: Callable[[str], Path], tmp_path: Path) -> None:
