@@ -187,7 +187,7 @@ def parse_peft_config(raw: Mapping[str, Any], where: Path) -> PeftConfig:
     field = _Fields(raw, where)
     return PeftConfig(
         raw=raw,
-        r=field.positive("r", 8),
+        r=field.positive("r", 8) if raw.get("r") != 0 or kind != "OFT" else 1,  # OFT gives a block size instead
         lora_alpha=field.number(next((n for n in ALPHA if n in raw), "lora_alpha"), 8),
         rank_pattern=_rank_pattern(field, kind),
         alpha_pattern={k: field.as_number(v, f"alpha_pattern[{k!r}]") for k, v in field.table("alpha_pattern").items()},

@@ -20,6 +20,7 @@ from inlay.digests import digest_json
 from inlay.dtypes import DTYPES, DType
 
 FORMAT = 2
+_PLAIN = frozenset({str, int, float, bool, type(None)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +148,12 @@ class Entry:
 
     @property
     def count(self) -> int:
-        return replace(self.source, shape=self.shape).count
+        return math.prod(self.shape)
 
     @property
     def matrix(self) -> tuple[int, int]:
-        if self.leading == 1:
-            return replace(self.source, shape=self.shape).matrix
+        if len(self.shape) < 2:
+            return 1, self.count
         rows = math.prod(self.shape[: self.leading])
         return rows, self.count // rows if rows else 0
 
@@ -314,15 +315,18 @@ def _fields(value: Any) -> list[tuple[str, Any]]:
 
 
 def _encode(value: Any) -> Any:
-    if isinstance(value, DType):
+    kind = type(value)
+    if kind in _PLAIN:  # nearly all of a plan; it has millions of values where there are many experts
+        return value
+    if kind is tuple or kind is list:
+        return [_encode(v) for v in value]
+    if kind is DType:
         return value.name
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: _encode(v) for name, v in _fields(value)}
+    if hasattr(kind, "__dataclass_fields__"):
+        return {name: _encode(getattr(value, name)) for name in kind.__dataclass_fields__}
     if isinstance(value, Mapping):
         return {k: _encode(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_encode(v) for v in value]
-    return value
+    raise AssertionError(f"{kind.__name__} in a plan")
 
 
 def from_json(value: Mapping[str, Any]) -> Plan:

@@ -18,7 +18,9 @@ from inlay.dtypes import F64Array
 
 # peft_type -> file in this folder
 FILES = {
-    "ADALORA": "adalora", "IA3": "ia3", "LOHA": "loha", "LOKR": "lokr", "OFT": "oft", "VERA": "vera",
+    "ADALORA": "adalora", "C3A": "c3a", "DELORA": "delora", "FOURIERFT": "fourierft", "GRALORA": "gralora", "IA3": "ia3",
+    "LOHA": "loha", "LOKR": "lokr", "OFT": "oft", "RANDLORA": "randlora", "SHIRA": "shira", "VBLORA": "vblora",
+    "VERA": "vera",
 }  # fmt: skip
 
 
