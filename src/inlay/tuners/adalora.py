@@ -2,11 +2,13 @@
 
 W' = W + alpha / (init_r + 1e-5) · B (A ∘ E)        Zhang et al. 2023; PEFT's SVDLinear
 
-PEFT divides by the rank at the start plus 1e-5, not by the rank that is left in the file.
+PEFT divides by the rank at the start plus 1e-5, not by the rank that is left in the file. For a convolution
+A is (r, in·k·k).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +51,7 @@ def settings(raw: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str
 def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     """What does not fit a weight of this shape."""
     a, b, e = (shapes[name] for name in REQUIRED)
-    pair = len(a) == len(b) == 2 and a[0] == b[1] and (b[0], a[1]) == shape
+    pair = len(a) == len(b) == 2 and a[0] == b[1] and (b[0], a[1]) == (shape[0], math.prod(shape[1:]))
     return None if pair and e == (a[0], 1) else f"lora_A {a}, lora_B {b} and lora_E {e} do not make {shape}"
 
 

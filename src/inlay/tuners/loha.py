@@ -37,12 +37,16 @@ def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], sh
         return "one of hada_t1, hada_t2 is missing"
     for i in "12":
         a, b, core = shapes[f"hada_w{i}_a"], shapes[f"hada_w{i}_b"], shapes.get(f"hada_t{i}")
-        if core is None:
-            fits = len(a) == len(b) == 2 and a[1] == b[0] and (a[0], b[1]) == (shape[0], math.prod(shape[1:]))
+        if len(a) != 2 or len(b) != 2:
+            fits = False
+        elif core is None:
+            fits = a[1] == b[0] and (a[0], b[1]) == (shape[0], math.prod(shape[1:]))
         else:
-            fits = len(shape) > 2 and core == (a[0], b[0], *shape[2:]) and (a[1], b[1]) == shape[:2]
+            kernel = (shape[2], 1) if len(shape) == 3 else shape[2:]  # PEFT's core has always two kernel axes
+            fits = len(shape) > 2 and core == (a[0], b[0], *kernel) and (a[1], b[1]) == shape[:2]
         if not fits:
-            return f"hada_w{i}_a {a} and hada_w{i}_b {b} do not make {shape}"
+            with_core = f" with core {core}" if core else ""
+            return f"hada_w{i}_a {a} and hada_w{i}_b {b}{with_core} do not make {shape}"
     return None
 
 

@@ -34,6 +34,8 @@ def settings(raw: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str
 
 def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     """What does not fit a weight of this shape."""
+    if not set(SHARED) <= shapes.keys():
+        return MISSING
     a, b, lambda_b, lambda_d = (shapes[n] for n in ("vera_A", "vera_B", "vera_lambda_b", "vera_lambda_d"))
     pair = len(shape) == len(a) == len(b) == 2 and a[0] == b[1] and a[1] >= shape[1] and b[0] >= shape[0]
     if pair and lambda_b == shape[:1] and lambda_d == a[:1]:

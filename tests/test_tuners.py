@@ -1,0 +1,255 @@
+"""Methods beyond LoRA, from the adapter's directory to the merged one, against PEFT in float64."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import inlay
+from cases import MODELS, Kit, load_peft, save_adapter, third_party
+from inlay.adapters.peft_config import MERGED_TYPES
+from inlay.errors import AdapterError, PlanError
+from inlay.tuners import dense
+from inlay.tuners.refused import REFUSED_TYPES
+from oracle import correctly_rounded, float64, peft_merged, read, same_bytes
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# float64 in two orders: a few hundred roundings of 2^-53, relative to the largest number that takes part
+FLOAT64 = 1e-12
+# where PEFT itself computes in float32 whatever the type: Fourier transforms, QR, logits won back from weights
+FLOAT32 = 2.0**-20
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on a model: PEFT's config class, its fields, and how far from 1 its parameters are drawn."""
+
+    name: str
+    config: str
+    model: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    size: float = 0.4
+    oracle: float = FLOAT64
+
+
+# PEFT holds LoHa's scaling in float32, so the rows here have one that float32 holds.
+ROWS = (
+    Row("adalora", "AdaLoraConfig", "qwen2", {"target_modules": LINEAR, "init_r": 4, "lora_alpha": 6, "total_step": 10}),
+    Row("ia3", "IA3Config", "qwen2", {"target_modules": LINEAR, "feedforward_modules": ["down_proj"]}),
+    Row("ia3-conv1d", "IA3Config", "gpt2", {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}),
+    Row("loha", "LoHaConfig", "qwen2", {"target_modules": LINEAR, "r": 3, "alpha": 6}),
+    Row("loha-patterns", "LoHaConfig", "qwen2", {"target_modules": LINEAR, "r": 3, "alpha": 6, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 9}}),
+    Row("loha-conv", "LoHaConfig", "conv", {"target_modules": ["conv2d", "point", "conv1d", "out"], "r": 2, "alpha": 3}),
+    Row("loha-core", "LoHaConfig", "conv", {"target_modules": ["conv2d", "out"], "r": 2, "alpha": 3, "use_effective_conv2d": True}),
+    Row("lokr", "LoKrConfig", "qwen2", {"target_modules": LINEAR, "r": 2, "alpha": 5}),
+    Row("lokr-both", "LoKrConfig", "qwen2", {"target_modules": LINEAR, "r": 1, "alpha": 5, "decompose_both": True, "decompose_factor": 4}),
+    Row("lokr-full", "LoKrConfig", "qwen2", {"target_modules": LINEAR, "r": 64, "alpha": 5}),
+    Row("lokr-conv", "LoKrConfig", "conv", {"target_modules": ["conv2d", "point", "conv1d", "out"], "r": 1, "alpha": 3}),
+    Row("lokr-core", "LoKrConfig", "conv", {"target_modules": ["conv2d"], "r": 1, "alpha": 3, "use_effective_conv2d": True}),
+    Row("oft", "OFTConfig", "qwen2", {"target_modules": LINEAR, "oft_block_size": 4, "use_cayley_neumann": False}),
+    Row("oft-neumann", "OFTConfig", "qwen2", {"target_modules": LINEAR, "oft_block_size": 8}),
+    Row("oft-neumann-2", "OFTConfig", "qwen2", {"target_modules": LINEAR, "oft_block_size": 8, "num_cayley_neumann_terms": 2}),
+    Row("oft-neumann-7", "OFTConfig", "qwen2", {"target_modules": LINEAR, "oft_block_size": 4, "num_cayley_neumann_terms": 7}, 0.1),
+    Row("oft-shared", "OFTConfig", "qwen2", {"target_modules": LINEAR, "oft_block_size": 4, "block_share": True}),
+    Row("oft-coft", "OFTConfig", "qwen2", {"target_modules": LINEAR[:6], "oft_block_size": 4, "coft": True, "eps": 0.25}),
+    Row("vera", "VeraConfig", "qwen2", {"target_modules": LINEAR, "r": 5}),
+    Row("fourierft", "FourierFTConfig", "qwen2", {"target_modules": LINEAR, "n_frequency": 20, "scaling": 64.0, "random_loc_seed": 5}, oracle=FLOAT32),
+    Row("vblora", "VBLoRAConfig", "qwen2", {"target_modules": LINEAR, "r": 2, "num_vectors": 6, "vector_length": 4}),
+    Row("vblora-topk", "VBLoRAConfig", "qwen2", {"target_modules": LINEAR, "r": 2, "num_vectors": 6, "vector_length": 4, "save_only_topk_weights": True}, oracle=FLOAT32),
+    Row("c3a", "C3AConfig", "qwen2", {"target_modules": LINEAR, "block_size": 4}, oracle=FLOAT32),
+    Row("shira", "ShiraConfig", "qwen2", {"target_modules": LINEAR, "r": 2}),
+    Row("gralora", "GraloraConfig", "qwen2", {"target_modules": LINEAR, "r": 4, "alpha": 6, "gralora_k": 2}),
+    Row("delora", "DeloraConfig", "qwen2", {"target_modules": LINEAR, "r": 3}),
+    Row("randlora", "RandLoraConfig", "qwen2", {"target_modules": LINEAR, "r": 4, "randlora_alpha": 6}),
+    Row("beft", "BeftConfig", "qwen2", {"target_modules": ["v_proj", "k_proj"]}),
+    Row("boft", "BOFTConfig", "qwen2", {"target_modules": LINEAR, "boft_block_size": 4}),
+    Row("deft", "DeftConfig", "qwen2", {"target_modules": LINEAR, "r": 3}, oracle=FLOAT32),
+    Row("hira", "HiraConfig", "qwen2", {"target_modules": LINEAR, "r": 3}),
+    Row("hra", "HRAConfig", "qwen2", {"target_modules": LINEAR, "r": 4}),
+    Row("hra-gs", "HRAConfig", "qwen2", {"target_modules": LINEAR, "r": 4, "apply_GS": True}),
+    Row("miss", "MissConfig", "qwen2", {"target_modules": LINEAR, "r": 4}),
+    Row("miss-remainder", "MissConfig", "qwen2", {"target_modules": LINEAR, "r": 5}),
+    Row("miss-bat", "MissConfig", "qwen2", {"target_modules": LINEAR, "r": 4, "init_weights": "bat"}),
+    Row("miss-mini", "MissConfig", "qwen2", {"target_modules": LINEAR, "r": 4, "mini_r": 2, "init_weights": "mini"}),
+    Row("road", "RoadConfig", "qwen2", {"target_modules": LINEAR, "group_size": 4}),
+    Row("ln-tuning", "LNTuningConfig", "qwen2", {"target_modules": ["input_layernorm", "post_attention_layernorm"]}),
+    Row("trainable-tokens", "TrainableTokensConfig", "qwen2", {"target_modules": ["embed_tokens"], "token_indices": [3, 1, 7]}),
+)  # fmt: skip
+NAMES = [row.name for row in ROWS]
+
+
+def make(row: Row, kit: Kit, path: Path) -> Path:
+    """An adapter of the row with random values, none of them neutral."""
+    import peft
+    import torch
+
+    model = MODELS[row.model].load(kit.base(row.model))
+    torch.manual_seed(3)
+    with third_party():
+        adapted = peft.get_peft_model(model, getattr(peft, row.config)(**row.fields))
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if p.requires_grad or ".lora_E" in name or "lokr_" in name:
+                p.add_(row.size * torch.randn(p.shape, generator=generator))
+    return save_adapter(adapted, path, copies=False)
+
+
+@pytest.fixture(scope="module")
+def adapter(kit: Kit, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = make(next(r for r in ROWS if r.name == name), kit, tmp_path_factory.mktemp("tuners") / name)
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_element_is_pefts_float64_merge_rounded_once(
+    kit: Kit, adapter: Callable[[str], Path], name: str, dtype: str, tmp_path: Path
+) -> None:
+    row = next(r for r in ROWS if r.name == name)
+    base, path = kit.base(row.model, dtype), adapter(name)
+    plan = inlay.make_plan(base, [path])
+    inlay.run_plan(plan, tmp_path / "out")
+    expected, before, merged = peft_merged(row.model, base, [path], "F64"), read(base), read(tmp_path / "out")
+    assert merged.keys() == before.keys()
+    changed = 0
+    for key, tensor in merged.items():
+        exact, weight = float64(expected[key]), float64(before[key])
+        error = row.oracle * max(float(np.abs(exact).max()), float(np.abs(weight).max()))
+        assert correctly_rounded(float64(tensor), exact, error, dtype).all(), key
+        changed += not np.array_equal(float64(tensor), weight)
+    assert changed, "the adapter did nothing, so this test could not fail"
+    report = inlay.verify(base, [path], tmp_path / "out")
+    assert report.ok and report.exact
+    assert inlay.loads(inlay.dumps(plan)) == plan
+
+
+@pytest.mark.parametrize("name", ["loha", "lokr-both", "oft", "ia3-conv1d", "vera"])
+def test_threads_and_blocks_change_no_byte(
+    kit: Kit, adapter: Callable[[str], Path], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = next(r for r in ROWS if r.name == name)
+    plan = inlay.make_plan(kit.base(row.model, "BF16"), [adapter(name)])
+    inlay.run_plan(plan, tmp_path / "one", workers=1)
+    monkeypatch.setattr("inlay.plan.memory.FLOAT64_TILE_BYTES", 3000)
+    inlay.run_plan(plan, tmp_path / "many", workers=8)
+    assert same_bytes(tmp_path / "one", tmp_path / "many")
+
+
+def test_two_methods_on_one_layer_act_in_turn(kit: Kit, adapter: Callable[[str], Path], tmp_path: Path) -> None:
+    """LoHa adds to the weight, IA3 then scales the sum: what two merges one after the other give."""
+    base, one, two = kit.base("qwen2"), adapter("loha"), adapter("ia3")
+    plan = inlay.make_plan(base, [one, two])
+    assert plan.order_matters
+    inlay.run_plan(plan, tmp_path / "both")
+    first = peft_merged("qwen2", base, [one], "F64")
+    scale = read(two / "adapter_model.safetensors")
+    merged = read(tmp_path / "both")
+    for module in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"):
+        factor = float64(scale[f"base_model.model.{module}.ia3_l"])
+        exact = float64(first[module + ".weight"]) * factor
+        error = FLOAT64 * float(np.abs(exact).max())
+        assert correctly_rounded(float64(merged[module + ".weight"]), exact, error, "F32").all()
+
+
+def test_a_changed_byte_is_found(kit: Kit, adapter: Callable[[str], Path], tmp_path: Path) -> None:
+    from oracle import shard_files
+
+    base, path, out = kit.base("qwen2", "BF16"), adapter("oft"), tmp_path / "out"
+    inlay.run_plan(inlay.make_plan(base, [path]), out)
+    file = shard_files(out)[0]
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 0x10
+    file.write_bytes(data)
+    assert not inlay.verify(base, [path], out).ok
+
+
+@pytest.mark.parametrize("name", ["ia3", "oft"])
+def test_a_weight_on_what_is_no_sum_is_refused(kit: Kit, adapter: Callable[[str], Path], name: str) -> None:
+    with pytest.raises(PlanError, match=r"0\.5 has no meaning"):
+        inlay.make_plan(kit.base("qwen2"), [adapter(name)], weights=[0.5])
+
+
+def test_a_weight_scales_a_sum(kit: Kit, adapter: Callable[[str], Path], tmp_path: Path) -> None:
+    base, path = kit.base("qwen2"), adapter("lokr")
+    inlay.run_plan(inlay.make_plan(base, [path], weights=[-0.5]), tmp_path / "out")
+    expected, before, merged = peft_merged("qwen2", base, [path], "F64"), read(base), read(tmp_path / "out")
+    key = "model.layers.1.mlp.up_proj.weight"
+    exact = float64(before[key]) - 0.5 * (float64(expected[key]) - float64(before[key]))
+    assert correctly_rounded(float64(merged[key]), exact, FLOAT64 * float(np.abs(exact).max()), "F32").all()
+
+
+def test_vera_without_its_projections_is_refused(kit: Kit, tmp_path: Path) -> None:
+    row = Row("vera", "VeraConfig", "qwen2", {"target_modules": ["q_proj"], "r": 5, "save_projection": False})
+    with pytest.raises(PlanError, match="save_projection=True"):
+        inlay.make_plan(kit.base("qwen2"), [make(row, kit, tmp_path / "a")])
+
+
+def test_oft_on_a_large_kernel_is_refused(kit: Kit, tmp_path: Path) -> None:
+    row = Row("oft", "OFTConfig", "conv", {"target_modules": ["conv2d"], "oft_block_size": 6})
+    with pytest.raises(PlanError, match="kernel larger than 1"):
+        inlay.make_plan(kit.base("conv"), [make(row, kit, tmp_path / "a")])
+
+
+def test_an_adapter_for_other_widths_is_refused(kit: Kit, adapter: Callable[[str], Path]) -> None:
+    for name in ("loha", "lokr", "oft", "ia3", "vera", "adalora"):
+        with pytest.raises(PlanError) as error:
+            inlay.make_plan(kit.base("gpt2"), [adapter(name)])
+        assert "reaches nothing" in str(error.value)
+
+
+def test_a_whole_matrix_that_does_not_fit_under_the_cap_is_refused(kit: Kit, adapter: Callable[[str], Path]) -> None:
+    with pytest.raises(PlanError, match="max_memory"):
+        inlay.make_plan(kit.base("gpt2"), [adapter("ia3-conv1d")], max_memory=20_000)
+    inlay.make_plan(kit.base("qwen2"), [adapter("oft")], max_memory=20_000)  # works row by row
+
+
+def test_every_method_of_peft_is_merged_or_refused_with_a_reason() -> None:
+    from peft.utils.peft_types import PeftType
+
+    known = {t.value for t in PeftType}
+    assert known == (MERGED_TYPES | REFUSED_TYPES.keys()) & known
+    assert not MERGED_TYPES & REFUSED_TYPES.keys()
+    assert all(len(why) > 30 for why in REFUSED_TYPES.values())
+    tested = {json.loads(json.dumps(r.config)) for r in ROWS}
+    assert len(tested) == len(dense.FILES) + 2, "a method without a row in the table"
+
+
+@pytest.mark.parametrize("kind", sorted(REFUSED_TYPES))
+def test_a_method_that_cannot_be_merged_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    with pytest.raises(AdapterError, match=kind):
+        inlay.read_adapter(tmp_path)
+
+
+def test_a_field_that_a_method_does_not_know_is_refused(
+    adapter: Callable[[str], Path], kit: Kit, tmp_path: Path
+) -> None:
+    path = kit.copy_of(adapter("loha"), tmp_path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, "use_secret": True}))
+    with pytest.raises(AdapterError, match="use_secret"):
+        inlay.read_adapter(path)
+
+
+def test_peft_loads_what_the_table_makes(adapter: Callable[[str], Path], kit: Kit) -> None:
+    """The oracle's adapters act: their logits differ from the base's."""
+    import torch
+
+    for row in ROWS:
+        model = MODELS[row.model].load(kit.base(row.model))
+        before = MODELS[row.model](model)
+        after = MODELS[row.model](load_peft(model, adapter(row.name)))
+        assert not torch.allclose(before, after), row.name
