@@ -15,6 +15,7 @@ from inlay.checkpoints.header import TensorInfo
 from inlay.dtypes import Array, DType
 
 BASE = "base"
+INTERLEAVED_BYTES = 1 << 26
 
 
 def adapter_root(position: int) -> str:
@@ -59,10 +60,16 @@ def byte_view(array: Array) -> memoryview:
 
 
 class SpanReader:
-    """Reads spans by reference from any thread; files are opened once and closed together."""
+    """Reads spans by reference from any thread; files are opened once and closed together.
 
-    def __init__(self, roots: Mapping[str, Path]) -> None:
+    Up to `cache_bytes` of interleaved factors (LoRA on stacks of experts) are kept, each expert's apart.
+    """
+
+    def __init__(self, roots: Mapping[str, Path], cache_bytes: int = INTERLEAVED_BYTES) -> None:
         self._roots = dict(roots)
+        self._cache_bytes = cache_bytes
+        self._cache: dict[tuple[TensorRef, int], Array] = {}
+        self._cache_lock = threading.Lock()
         self._open: dict[tuple[str, str], int] = {}
         self._lock = threading.Lock()
 
@@ -114,13 +121,11 @@ class SpanReader:
     def view(self, ref: TensorRef, start: int, shape: tuple[int, int], strides: tuple[int, int]) -> Array:
         """Stored bits of a strided view: (i, j) is element `start + i · strides[0] + j · strides[1]` of the tensor."""
         rows, cols = shape
-        if strides[1] != 1 and strides[0] == 1:
-            return self.view(ref, start, (cols, rows), (strides[1], 1)).T
+        if strides[1] > strides[0] and strides[0] > 0:
+            return self.view(ref, start, (cols, rows), (strides[1], strides[0])).T
         raw = np.dtype(ref.dtype.raw)
-        if strides[1] != 1:  # interleaved: nearly every page has an element of it, so all of them are read
-            span = np.empty((rows - 1) * strides[0] + (cols - 1) * strides[1] + 1, raw)
-            self.into(ref, start * raw.itemsize, span)
-            return np.lib.stride_tricks.as_strided(span, shape, [n * raw.itemsize for n in strides]).copy()
+        if strides[1] != 1:
+            return self._interleaved(ref, start, shape, strides)
         block = np.empty(shape, raw)
         if strides[0] == cols:
             self.into(ref, start * raw.itemsize, block)
@@ -128,6 +133,31 @@ class SpanReader:
         for i in range(rows):
             self.into(ref, (start + i * strides[0]) * raw.itemsize, block[i])
         return block
+
+    def _interleaved(self, ref: TensorRef, start: int, shape: tuple[int, int], strides: tuple[int, int]) -> Array:
+        """One of `strides[1]` matrices whose elements take turns: nearly every page has some of each."""
+        rows, cols = shape
+        count = strides[1]
+        if strides[0] == cols * count and ref.count % count == 0 and ref.nbytes <= self._cache_bytes:
+            first, which = divmod(start, count)
+            return self._apart(ref, count)[which, first : first + rows * cols].reshape(shape)
+        raw = np.dtype(ref.dtype.raw)
+        span = np.empty((rows - 1) * strides[0] + (cols - 1) * count + 1, raw)
+        self.into(ref, start * raw.itemsize, span)
+        return np.lib.stride_tricks.as_strided(span, shape, [n * raw.itemsize for n in strides]).copy()
+
+    def _apart(self, ref: TensorRef, count: int) -> Array:
+        """The interleaved matrices one after the other, (count, elements of one); the last few are kept."""
+        with self._cache_lock:
+            found = self._cache.pop((ref, count), None)
+            if found is None:
+                while self._cache and sum(a.nbytes for a in self._cache.values()) + ref.nbytes > self._cache_bytes:
+                    del self._cache[next(iter(self._cache))]
+                flat = np.empty(ref.count, np.dtype(ref.dtype.raw))
+                self.into(ref, 0, flat)
+                found = np.ascontiguousarray(flat.reshape(-1, count).T)
+            self._cache[ref, count] = found
+            return found
 
     def whole(self, ref: TensorRef) -> Array:
         """Stored bits of the tensor in its own shape."""

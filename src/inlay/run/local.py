@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from inlay.checkpoints.header import read_header
-from inlay.checkpoints.spans import BASE, SpanReader, TensorRef
+from inlay.checkpoints.spans import BASE, INTERLEAVED_BYTES, SpanReader, TensorRef
 from inlay.errors import InputError
 from inlay.output.copying import clone
 from inlay.output.staging import Staging
@@ -40,7 +40,9 @@ class LocalExecutor:
 
     def __init__(self, plan: Plan, max_memory: int, workers: int | None = None, device: Device = None) -> None:
         self.plan = plan
-        self.max_memory = max_memory
+        interleaved = any(_interleaved(e) for shard in plan.shards for e in shard.entries)
+        self.cache_bytes = min(INTERLEAVED_BYTES, max_memory // 4) if interleaved else 0
+        self.max_memory = max_memory - self.cache_bytes
         self.workers = workers or threads() + 1  # one more than processors, since one of them is writing
         self.device = device
         self._expected: Mapping[str, tuple[str, str]] = {
@@ -54,7 +56,7 @@ class LocalExecutor:
         """
         results = {}
         with (
-            SpanReader(self.plan.roots) as reader,
+            SpanReader(self.plan.roots, self.cache_bytes) as reader,
             ThreadPoolExecutor(self.workers) as pool,
             ThreadPoolExecutor(1) as syncer,
         ):
@@ -150,6 +152,12 @@ class LocalExecutor:
                 f"{adapter} was trained on another base: {key} has other values (recorded {wanted}, here {found}). "
                 "Give the base it was trained on with --model. Nothing was written"
             )
+
+
+def _interleaved(entry: Entry) -> bool:
+    """Whether a factor's elements stand between those of others."""
+    parts = [part for step in entry.low_rank for part in (step.left, step.right) if part]
+    return any(min(part.strides) > 1 for part in parts)
 
 
 class _Queue:
