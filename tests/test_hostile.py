@@ -398,11 +398,11 @@ def test_a_setting_that_no_merge_can_honour_is_refused_by_name(
 
 
 def test_all_reasons_are_given_at_once(place: Path, refused: Callable[..., str]) -> None:
-    write_adapter(place / "adapter", use_bdlora=True, layer_replication=[[0, 4]], use_novel_method=1)
-    refused("use_bdlora", "layer_replication", "use_novel_method")
+    write_adapter(place / "adapter", use_qalora=True, layer_replication=[[0, 4]], use_novel_method=1)
+    refused("use_qalora", "layer_replication", "use_novel_method")
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "PiSSA", "corda", "loftq", "lora_ga"])
+@pytest.mark.parametrize("init", ["pissa_niter_4", "PiSSA_niter_2", "corda", "loftq", "lora_ga"])
 def test_an_adapter_of_a_shifted_base_is_refused(place: Path, refused: Callable[..., str], init: str) -> None:
     write_adapter(place / "adapter", init_lora_weights=init)
     refused("init_lora_weights", init)

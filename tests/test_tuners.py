@@ -24,6 +24,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 FLOAT64 = 1e-12
 # where PEFT itself computes in float32 whatever the type: Fourier transforms, QR, logits won back from weights
 FLOAT32 = 2.0**-20
+DECOMPOSED32 = 2.0**-17  # where it also decomposes the weight in float32, and refuses float64
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Row:
     fields: Mapping[str, Any] = field(default_factory=dict)
     size: float = 0.4
     oracle: float = FLOAT64
+    peft_in: str = "F64"
 
 
 # PEFT holds LoHa's scaling in float32, so the rows here have one that float32 holds.
@@ -78,6 +80,12 @@ ROWS = (
     Row("miss-bat", "MissConfig", "qwen2", {"target_modules": LINEAR, "r": 4, "init_weights": "bat"}),
     Row("miss-mini", "MissConfig", "qwen2", {"target_modules": LINEAR, "r": 4, "mini_r": 2, "init_weights": "mini"}),
     Row("road", "RoadConfig", "qwen2", {"target_modules": LINEAR, "group_size": 4}),
+    Row("pissa", "LoraConfig", "qwen2", {"target_modules": LINEAR, "r": 3, "lora_alpha": 6, "init_lora_weights": "pissa"}, 0.1, DECOMPOSED32, "F32"),
+    Row("pissa-rslora", "LoraConfig", "qwen2", {"target_modules": LINEAR, "r": 4, "lora_alpha": 6, "use_rslora": True, "init_lora_weights": "pissa", "rank_pattern": {"q_proj": 1}}, 0.1, DECOMPOSED32, "F32"),
+    Row("pissa-conv1d", "LoraConfig", "gpt2", {"target_modules": ["c_attn"], "r": 3, "lora_alpha": 6, "init_lora_weights": "pissa", "fan_in_fan_out": True}, 0.1, DECOMPOSED32, "F32"),
+    Row("olora", "LoraConfig", "qwen2", {"target_modules": LINEAR, "r": 3, "lora_alpha": 6, "init_lora_weights": "olora"}, 0.1, DECOMPOSED32, "F32"),
+    Row("kasa", "LoraConfig", "qwen2", {"target_modules": LINEAR, "r": 3, "lora_alpha": 6, "kasa_config": "KasaConfig"}, 0.4, DECOMPOSED32, "F32"),
+    Row("bdlora-a", "LoraConfig", "qwen2", {"target_modules": LINEAR, "r": 4, "lora_alpha": 6, "use_bdlora": {"target_modules_bd_a": ["q_proj", "up_proj"], "target_modules_bd_b": ["o_proj", "down_proj"], "nblocks": 2, "match_strict": False}}),
     Row("ln-tuning", "LNTuningConfig", "qwen2", {"target_modules": ["input_layernorm", "post_attention_layernorm"]}),
     Row("trainable-tokens", "TrainableTokensConfig", "qwen2", {"target_modules": ["embed_tokens"], "token_indices": [3, 1, 7]}),
 )  # fmt: skip
@@ -88,11 +96,13 @@ def make(row: Row, kit: Kit, path: Path) -> Path:
     """An adapter of the row with random values, none of them neutral."""
     import peft
     import torch
+    from peft.tuners import lora
 
     model = MODELS[row.model].load(kit.base(row.model))
     torch.manual_seed(3)
+    fields = {k: getattr(lora, v)() if k == "kasa_config" else v for k, v in row.fields.items()}
     with third_party():
-        adapted = peft.get_peft_model(model, getattr(peft, row.config)(**row.fields))
+        adapted = peft.get_peft_model(model, getattr(peft, row.config)(**fields))
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, p in adapted.named_parameters():
@@ -122,7 +132,7 @@ def test_every_element_is_pefts_float64_merge_rounded_once(
     base, path = kit.base(row.model, dtype), adapter(name)
     plan = inlay.make_plan(base, [path])
     inlay.run_plan(plan, tmp_path / "out")
-    expected, before, merged = peft_merged(row.model, base, [path], "F64"), read(base), read(tmp_path / "out")
+    expected, before, merged = peft_merged(row.model, base, [path], row.peft_in), read(base), read(tmp_path / "out")
     assert merged.keys() == before.keys()
     changed = 0
     for key, tensor in merged.items():
@@ -223,8 +233,8 @@ def test_every_method_of_peft_is_merged_or_refused_with_a_reason() -> None:
     assert known == (MERGED_TYPES | REFUSED_TYPES.keys()) & known
     assert not MERGED_TYPES & REFUSED_TYPES.keys()
     assert all(len(why) > 30 for why in REFUSED_TYPES.values())
-    tested = {json.loads(json.dumps(r.config)) for r in ROWS}
-    assert len(tested) == len(dense.FILES) + 2, "a method without a row in the table"
+    assert len({row.config for row in ROWS}) == len(dense.FILES) + 3, "a method without a row in the table"
+    assert {row.name.partition("-")[0] for row in ROWS} >= dense.VARIANTS
 
 
 @pytest.mark.parametrize("kind", sorted(REFUSED_TYPES))

@@ -36,14 +36,13 @@ NO_EFFECT = frozenset({
 
 USED = frozenset({
     "alpha_pattern", "bias", "ensure_weight_tying", "fan_in_fan_out", "lora_alpha", "lora_bias", "modules_to_save",
-    "r", "rank_pattern", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
+    "kasa_config", "r", "rank_pattern", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
+    "use_rslora",
 })  # fmt: skip
 
 REFUSED: dict[str, str] = {
     "layer_replication": "the adapter belongs to a model with repeated layers, which has more layers than this base; "
     "build that model first, and merge into it with layer_replication removed",
-    "use_bdlora": "block-diagonal LoRA is not supported",
-    "kasa_config": "KaSA cuts singular components off the base, which is not supported",
     "use_qalora": "QALoRA merges into the zero points of a GPTQ base, which is not supported",
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only, so no merged weight equals it",
     "arrow_config": "Arrow routes between adapters per token, so no merged weight equals it",
@@ -87,6 +86,7 @@ class PeftConfig:
     task_type: str | None
     peft_version: str | None
     peft_type: str = "LORA"
+    variant: str | None = None  # of LoRA, where it is no plain pair
     target_parameters: tuple[str, ...] = ()
     fixed_scaling: float | None = None  # where a file of another tool gives the scaling itself
 
@@ -94,7 +94,7 @@ class PeftConfig:
     def tuner(self) -> str:
         """What the method is called: the file in `tuners/`, or the word for what replaces values."""
         if self.peft_type == "LORA":
-            return "dora" if self.use_dora else "lora"
+            return self.variant or ("dora" if self.use_dora else "lora")
         return dense.FILES.get(self.peft_type, self.peft_type.lower())
 
     @property
@@ -205,6 +205,7 @@ def parse_peft_config(raw: Mapping[str, Any], where: Path) -> PeftConfig:
         task_type=field.text("task_type"),
         peft_version=field.text("peft_version"),
         peft_type=str(kind),
+        variant=_variant(raw) if kind == "LORA" else None,
         target_parameters=tuple(dict.fromkeys(field.names("target_parameters"))),
     )
 
@@ -224,14 +225,37 @@ def _refusals(raw: Mapping[str, Any], kind: str) -> list[str]:
     found = [f"{name}: {why}" for name, why in refused.items() if _is_set(raw.get(name))]
     if kind != "LORA":
         return found
+    found += _contradictions(raw)
     init = raw.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().replace("-", "_").startswith(BASE_SHIFTING_INIT):
+    shifting = isinstance(init, str) and init.lower().replace("-", "_").startswith(BASE_SHIFTING_INIT)
+    if shifting and _variant(raw) is None:
         found.append(
-            f"init_lora_weights {init!r}: training started from a shifted base, so merging into the original one would "
-            "be wrong; convert the adapter when saving it (PEFT: save_pretrained with "
-            "path_initial_model_for_weight_conversion), which makes it a plain LoRA"
+            f"init_lora_weights {init!r}: training started from a base that was shifted by what cannot be computed "
+            "again (random, or from data), so merging into the original one would be wrong; convert the adapter "
+            "when saving it (PEFT: save_pretrained with path_initial_model_for_weight_conversion), which makes it a "
+            "plain LoRA"
         )
     return found
+
+
+def _variant(raw: Mapping[str, Any]) -> str | None:
+    """The variant of LoRA that a config asks for, if it is one with a file of its own."""
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() in ("pissa", "olora"):
+        return init.lower()
+    return "kasa" if _is_set(raw.get("kasa_config")) else "bdlora" if _is_set(raw.get("use_bdlora")) else None
+
+
+def _contradictions(raw: Mapping[str, Any]) -> list[str]:
+    """Settings that no version of PEFT trains together with a variant."""
+    variant = _variant(raw)
+    others = ("use_dora", "lora_bias", "target_parameters", "kasa_config", "use_bdlora")
+    own = {"kasa": "kasa_config", "bdlora": "use_bdlora"}.get(variant or "")
+    return [
+        f"{name} together with {variant} is not supported"
+        for name in others
+        if variant and name != own and _is_set(raw.get(name))
+    ]
 
 
 def _file(kind: str) -> ModuleType | None:

@@ -31,6 +31,7 @@ _PARTS = (
     (re.compile(rf"(?P<module>.+)\.lora_B{_NAME}\.bias"), "lora_bias"),
     (re.compile(rf"(?P<module>.+)\.lora_embedding_A{_NAME}"), "lora_embedding_A"),
     (re.compile(rf"(?P<module>.+)\.lora_embedding_B{_NAME}"), "lora_embedding_B"),
+    (re.compile(rf"(?P<module>.+)\.lora_diag{_NAME}"), "lora_diag"),
     (re.compile(rf"(?P<module>.+)\.lora_magnitude_vector{_NAME}(?:\.weight)?"), "magnitude"),
     (re.compile(rf"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta{_NAME}"), "token_rows"),
 )

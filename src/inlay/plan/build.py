@@ -39,6 +39,11 @@ from inlay.plan.types import (
 )
 
 StrPath = str | os.PathLike[str]
+SHIFTED = {
+    "pissa": "its largest singular components",
+    "olora": "the first columns of its QR factorisation",
+    "kasa": "its smallest singular components",
+}
 OVERHEAD_BYTES = 1 << 20  # manifest, model card, index
 
 
@@ -186,6 +191,9 @@ class _Planner:
                 self.notes.append(
                     f"{found.adapter.name}: not used, being repeated: {', '.join(found.adapter.unused[:4])}"
                 )
+            if found.adapter.config.variant in SHIFTED:
+                what = SHIFTED[found.adapter.config.variant]
+                self.notes.append(f"{found.adapter.name}: trained on the base without {what}; it is computed again")
             if found.rule != AS_THEY_ARE:
                 self.notes.append(f"{found.adapter.name}: {found.rule}")
 

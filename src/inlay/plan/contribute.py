@@ -55,7 +55,7 @@ class _Pairs(Placer):
         names = {name for name in parts if name != "token_rows"}
         if not names:
             return
-        if self.config.peft_type != "LORA":
+        if self.config.tuner not in ("lora", "dora"):
             dense.place(self, module, {name: parts[name] for name in names})
             return
         pair = next((p for p in PAIRS if p <= names), None)

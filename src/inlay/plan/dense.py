@@ -15,7 +15,7 @@ from inlay.tuners import dense
 
 def place(placer: Placer, module: str, parts: Mapping[str, TensorInfo]) -> None:
     """One module of such an adapter."""
-    name = dense.FILES[placer.config.peft_type]
+    name = placer.config.tuner
     file = dense.tuner(name)
     parts = {**{k: t for k, t in placer.adapter.shared.items() if k in file.SHARED}, **parts}
     missing = sorted({*file.REQUIRED, *file.SHARED} - parts.keys())
@@ -40,6 +40,8 @@ def place(placer: Placer, module: str, parts: Mapping[str, TensorInfo]) -> None:
         step = Dense(position, name, refs, settings, logical, transposed, weight=weight if file.ADDITIVE else 1.0)
         placer.found.steps.setdefault(key, []).append(step)
     placer.found.ranks.add(rank)
+    if isinstance(settings.get("scaling"), float):
+        placer.found.scalings.add(settings["scaling"])
     _bias(placer, module, Dense(position, name, refs, settings, logical, bias=True), file, shapes)
 
 

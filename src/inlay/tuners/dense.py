@@ -23,11 +23,13 @@ FILES = {
     "LOKR": "lokr", "MISS": "miss", "OFT": "oft", "RANDLORA": "randlora", "ROAD": "road", "SHIRA": "shira",
     "VBLORA": "vblora", "VERA": "vera",
 }  # fmt: skip
+# Variants of LoRA that are no plain pair, by the name of their file.
+VARIANTS = frozenset({"bdlora", "kasa", "olora", "pissa"})
 
 
 def tuner(name: str) -> ModuleType:
-    """The file of a tuner, by its name in `FILES`."""
-    assert name in FILES.values(), name
+    """The file of a tuner, by its name in `FILES` or `VARIANTS`."""
+    assert name in FILES.values() or name in VARIANTS, name
     return import_module(f"inlay.tuners.{name}")
 
 

@@ -1,0 +1,53 @@
+"""KaSA: the base loses its r smallest singular components, and a pair with a diagonal between is added.
+
+W' = Σ_{i < k−r} u_i σ_i v_iᵀ + s B diag(d) A        Wang et al. 2024, k = min(out, in)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from inlay.dtypes import F64Array
+from inlay.tuners import variants
+
+REQUIRED = (*variants.NAMES, "lora_diag")
+OPTIONAL = ()
+SHARED = ()
+WHOLE = True
+ADDITIVE = False
+
+
+def settings(raw: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str, Any]:
+    """Rank and scaling."""
+    return {"rank": rank, "scaling": variants.scaling(raw, rank, alpha)}
+
+
+def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
+    """What does not fit a weight of this shape."""
+    if (why := variants.check_pair(shapes, shape)) is not None:
+        return why
+    if settings["rank"] >= min(shape):
+        return f"rank {settings['rank']} would leave nothing of a weight {shape}"
+    found, rank = shapes["lora_diag"], shapes["lora_A"][0]
+    return None if found == (rank,) else f"lora_diag is {found}, the pair has rank {rank}"
+
+
+def prepare(
+    parts: Mapping[str, F64Array], settings: Mapping[str, Any], shape: tuple[int, ...]
+) -> Mapping[str, F64Array]:
+    """The pair, with the diagonal in A."""
+    return {"lora_A": parts["lora_diag"][:, None] * parts["lora_A"], "lora_B": parts["lora_B"]}
+
+
+def merge(
+    weight: F64Array, base: F64Array, parts: Mapping[str, F64Array], settings: Mapping[str, Any],
+    shape: tuple[int, ...], first: int,
+) -> F64Array:  # fmt: skip
+    """The whole matrix."""
+    left, size, right = np.linalg.svd(base, full_matrices=False)
+    kept = len(size) - settings["rank"]
+    smallest = (left[:, kept:] * size[kept:]) @ right[kept:]
+    return np.asarray(weight - smallest + variants.product(parts, settings))
