@@ -158,6 +158,29 @@ def test_threads_and_blocks_change_no_byte(
     assert same_bytes(tmp_path / "one", tmp_path / "many")
 
 
+@pytest.mark.parametrize("name", ["miss", "miss-remainder", "miss-bat"])
+def test_bone_of_older_peft_is_miss_under_its_old_name(
+    kit: Kit, adapter: Callable[[str], Path], name: str, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    path = kit.copy_of(adapter(name), tmp_path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    kept = {k: v for k, v in config.items() if k not in ("mini_r", "miss_dropout", "peft_version")}
+    (path / "adapter_config.json").write_text(json.dumps({**kept, "peft_type": "BONE"}))
+    file = path / "adapter_model.safetensors"
+    save_file({k.replace("miss_block", "bone_block"): t for k, t in read(file).items()}, file)
+    for given, out in ((path, "bone"), (adapter(name), "now")):
+        inlay.run_plan(inlay.make_plan(kit.base("qwen2"), [given]), tmp_path / out)
+    assert same_bytes(tmp_path / "bone", tmp_path / "now")
+    if name == "miss":  # PEFT 0.15: every r columns get the block
+        key = "model.layers.0.mlp.down_proj"
+        block = float64(read(file)[f"base_model.model.{key}.bone_block"])
+        exact = float64(read(kit.base("qwen2"))[key + ".weight"]) + np.tile(block.T, (1, 24 // len(block)))
+        stored = float64(read(tmp_path / "bone")[key + ".weight"])
+        assert correctly_rounded(stored, exact, FLOAT64 * float(np.abs(exact).max()), "F32").all()
+
+
 def test_two_methods_on_one_layer_act_in_turn(kit: Kit, adapter: Callable[[str], Path], tmp_path: Path) -> None:
     """LoHa adds to the weight, IA3 then scales the sum: what two merges one after the other give."""
     base, one, two = kit.base("qwen2"), adapter("loha"), adapter("ia3")
@@ -230,10 +253,12 @@ def test_every_method_of_peft_is_merged_or_refused_with_a_reason() -> None:
     from peft.utils.peft_types import PeftType
 
     known = {t.value for t in PeftType}
-    assert known == (MERGED_TYPES | REFUSED_TYPES.keys()) & known
+    assert known == (MERGED_TYPES | REFUSED_TYPES.keys()) & known  # BONE is gone from PEFT
     assert not MERGED_TYPES & REFUSED_TYPES.keys()
     assert all(len(why) > 30 for why in REFUSED_TYPES.values())
-    assert len({row.config for row in ROWS}) == len(dense.FILES) + 3, "a method without a row in the table"
+    assert len({row.config for row in ROWS}) == len(set(dense.FILES.values())) + 3, (
+        "a method without a row in the table"
+    )
     assert {row.name.partition("-")[0] for row in ROWS} >= dense.VARIANTS
 
 

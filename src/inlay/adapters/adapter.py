@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -87,8 +86,7 @@ def read_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
     from_mlx = is_mlx(raw)
     config = (parse_mlx_config if from_mlx else parse_peft_config)(raw, directory / CONFIG)
     weights_file, tensors = _read_weights(directory, (MLX_WEIGHTS,) if from_mlx else WEIGHTS)
-    patterns = _patterns(config)
-    parse = parse_mlx_name if from_mlx else partial(parse_name, patterns=patterns)
+    parse = parse_mlx_name if from_mlx else _parser(config)
     parts, full, unused = _sort(tensors, directory / weights_file, parse)
     shared = parts.pop("", {})
     fingerprint = _optional(directory / FINGERPRINT)
@@ -156,12 +154,14 @@ def _read_weights(directory: Path, names: Sequence[str]) -> tuple[str, tuple[Ten
 Sorted = tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo], tuple[str, ...]]
 
 
-def _patterns(config: PeftConfig) -> tuple[re.Pattern[str], ...]:
-    """Patterns of the tensor names of a method that is not LoRA."""
+def _parser(config: PeftConfig) -> Callable[[str], PartName]:
+    """How the tensor names of this method are read."""
     if config.peft_type not in dense.FILES:
-        return ()
+        return parse_name
     file = dense.tuner(dense.FILES[config.peft_type])
-    return part_patterns((*file.REQUIRED, *file.OPTIONAL), file.SHARED)
+    aliases = getattr(file, "ALIASES", {})
+    patterns = part_patterns((*file.REQUIRED, *file.OPTIONAL, *aliases), file.SHARED)
+    return partial(parse_name, patterns=patterns, aliases=aliases)
 
 
 def _sort(tensors: tuple[TensorInfo, ...], where: Path, parse: Callable[[str], PartName]) -> Sorted:

@@ -18,7 +18,7 @@ Files saved through `state_dict()` instead of `save_pretrained` carry the adapte
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 PREFIX = "base_model.model."
@@ -67,16 +67,19 @@ def part_patterns(parts: Sequence[str], shared: Sequence[str]) -> tuple[re.Patte
     return tuple(reversed(patterns))
 
 
-def parse_name(key: str, patterns: Sequence[re.Pattern[str]] = ()) -> PartName:
+def parse_name(
+    key: str, patterns: Sequence[re.Pattern[str]] = (), aliases: Mapping[str, str] | None = None
+) -> PartName:
     """The module and part that `key` names; what fits no pattern is a full copy.
 
-    `patterns` are those of another method than LoRA; a part that all modules share has the module "".
+    `patterns` are those of another method than LoRA, `aliases` older names of its parts; a
+    part that all modules share has the module "".
     """
     while key.startswith(PREFIX):  # old PEFT wrote the prefix twice for a wrapped model
         key = key[len(PREFIX) :]
     for pattern in patterns:
         if found := pattern.fullmatch(key):
-            return PartName(found["module"], found["part"], found["name"])
+            return PartName(found["module"], (aliases or {}).get(found["part"], found["part"]), found["name"])
     for pattern, part in _PARTS if not patterns else _PARTS[-1:]:
         if found := pattern.fullmatch(key):
             return PartName(found["module"], part, found["name"])

@@ -18,9 +18,9 @@ from inlay.dtypes import F64Array
 
 # peft_type -> file in this folder
 FILES = {
-    "ADALORA": "adalora", "BEFT": "beft", "BOFT": "boft", "C3A": "c3a", "DEFT": "deft", "DELORA": "delora",
-    "FOURIERFT": "fourierft", "GRALORA": "gralora", "HIRA": "hira", "HRA": "hra", "IA3": "ia3", "LOHA": "loha",
-    "LOKR": "lokr", "MISS": "miss", "OFT": "oft", "RANDLORA": "randlora", "ROAD": "road", "SHIRA": "shira",
+    "ADALORA": "adalora", "BEFT": "beft", "BOFT": "boft", "BONE": "miss", "C3A": "c3a", "DEFT": "deft",
+    "DELORA": "delora", "FOURIERFT": "fourierft", "GRALORA": "gralora", "HIRA": "hira", "HRA": "hra", "IA3": "ia3",
+    "LOHA": "loha", "LOKR": "lokr", "MISS": "miss", "OFT": "oft", "RANDLORA": "randlora", "ROAD": "road", "SHIRA": "shira",
     "VBLORA": "vblora", "VERA": "vera",
 }  # fmt: skip
 # Variants of LoRA that are no plain pair, by the name of their file.

@@ -19,6 +19,7 @@ from inlay.dtypes import F64Array
 
 PEFT_TYPE = "MISS"
 REQUIRED = ("miss_block",)
+ALIASES = {"bone_block": "miss_block"}  # PEFT up to 0.17 called the method Bone; the formulas are the same
 OPTIONAL = ()
 SHARED = ()
 WHOLE = False
