@@ -20,8 +20,8 @@ from inlay.dtypes import F64Array
 FILES = {
     "ADALORA": "adalora", "BEFT": "beft", "BOFT": "boft", "BONE": "miss", "C3A": "c3a", "DEFT": "deft",
     "DELORA": "delora", "FOURIERFT": "fourierft", "GRALORA": "gralora", "HIRA": "hira", "HRA": "hra", "IA3": "ia3",
-    "LOHA": "loha", "LOKR": "lokr", "MISS": "miss", "OFT": "oft", "RANDLORA": "randlora", "ROAD": "road", "SHIRA": "shira",
-    "VBLORA": "vblora", "VERA": "vera",
+    "LOHA": "loha", "LOKR": "lokr", "MISS": "miss", "OFT": "oft", "RANDLORA": "randlora", "ROAD": "road",
+    "SHIRA": "shira", "VBLORA": "vblora", "VERA": "vera",
 }  # fmt: skip
 # Variants of LoRA that are no plain pair, by the name of their file.
 VARIANTS = frozenset({"bdlora", "kasa", "olora", "pissa"})
