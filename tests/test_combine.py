@@ -681,12 +681,20 @@ def test_adapters_that_are_more_than_lora_are_refused(kit: Kit, tmp_path: Path, 
     refused([plain, odd], tmp_path, [words, str(odd), "(1 problem"])
 
 
-@pytest.mark.parametrize(("field", "value"), [("target_parameters", ["mlp.experts.up"]), ("use_qalora", True)])
-def test_other_kinds_of_lora_are_refused(kit: Kit, tmp_path: Path, field: str, value: Any) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("target_parameters", ["mlp.experts.up"], "target_parameters"),
+        ("use_qalora", True, "use_qalora"),
+        ("init_lora_weights", "pissa", "is pissa"),
+        ("init_lora_weights", "olora", "is olora"),
+    ],
+)
+def test_other_kinds_of_lora_are_refused(kit: Kit, tmp_path: Path, field: str, value: Any, words: str) -> None:
     a, b, _ = build(kit, "qwen2", EQUAL_RANKS)
     odd = Path(shutil.copytree(b, tmp_path / "odd"))
     edit_json(odd / "adapter_config.json", **{field: value})
-    refused([a, odd], tmp_path, [field, str(odd)])
+    refused([a, odd], tmp_path, [words, str(odd)])
 
 
 def test_other_tuners_are_refused(kit: Kit, tmp_path: Path) -> None:

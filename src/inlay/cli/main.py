@@ -68,7 +68,7 @@ def _run(command: str, args: Namespace) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is finished", file=sys.stderr)
+        print("interrupted; a merge goes on from what is finished when it is started again", file=sys.stderr)
         return 130
 
 

@@ -92,7 +92,7 @@ def _reached(plan: Plan) -> str:
 
 def _several(plan: Plan) -> str:
     order = (
-        "the order of the adapters matters: a DoRA scales what came before it"
+        "the order of the adapters matters: one of them scales or turns what came before it"
         if plan.order_matters
         else "the order of the adapters does not matter"
     )

@@ -108,7 +108,10 @@ def _dtype_name(name: str | None) -> str | None:
 
 def _check_request(adapters: Sequence[Adapter], weights: Sequence[float] | None, combine_by: str) -> tuple[float, ...]:
     if combine_by not in COMBINE:
-        raise InputError(f"combine {combine_by!r} is not supported; use {' or '.join(COMBINE)}")
+        raise InputError(
+            f"combine {combine_by!r} is not supported here; use {' or '.join(COMBINE)}, or make one adapter of them "
+            "with `inlay combine` first"
+        )
     if weights is None:
         return (1.0,) * len(adapters)
     if len(weights) != len(adapters):

@@ -75,6 +75,8 @@ def check_adapter(adapter: Adapter) -> list[Problem]:
         what = f"is not a LoRA of PEFT (peft_type {config.raw.get('peft_type')}), which alone can be combined"
         return [Problem(str(adapter.path), what)]
     reasons = [f"sets {name}, which is more than a plain LoRA" for name in NOT_PLAIN if config.raw.get(name)]
+    if config.variant:
+        reasons.append(f"is {config.variant}, which changes the base too; merge it into the base instead")
     if config.use_dora or "magnitude" in parts:
         reasons.append("is a DoRA, which also scales the base; merge it into the base instead")
     if config.lora_bias or "lora_bias" in parts:

@@ -1,19 +1,22 @@
 """The maths of each method: arrays in, arrays out, no files.
 
-A tuner is a module with
+`lora` and `dora` work on low-rank pairs in the orientation of the stored weight, with an error bound carried
+along; what they leave open is decided exactly. Every other method is a file that `dense` lists, with
 
-    PARTS     names of the arrays it needs, in the orientation of the stored weight
-    ADDITIVE  whether it is a sum of low-rank products, which the kernel can do
-    merge     (weight, step) -> weight, in float64 with an error bound carried along
+    REQUIRED, OPTIONAL   names of its parts, as PEFT spells them in keys
+    SHARED               parts that stand once in a file, for all modules
+    FIELDS, IGNORED      fields of the config that change the merged weight, and that do not
+    REFUSED              fields that cannot be merged when set -> why, and what to do
+    WHOLE                whether a row of the result needs other rows of the weight
+    ADDITIVE             whether it is a delta that does not depend on the weight
+    settings(raw, rank, alpha)                what the formula needs, as JSON values
+    check(shapes, settings, shape)            what does not fit a weight (out, in, …), or None
+    prepare(parts, settings, shape)           done once a tensor
+    delta(parts, settings, shape, first, last)              rows of the delta, if additive;
+    merge(weight, base, parts, settings, shape, first)      otherwise merged rows
+    touches_bias, merge_bias                  where it acts on the layer's bias too
 
-and a line in `TUNERS`. Laws, which the tests check over every row of `tests/cases.py`: neutral parts
-return the same weight; the result lies within its own bound of an exact evaluation.
+in float64; `base` is the weight before any adapter. Laws, which the tests check over every row of their tables:
+neutral parts return the same weight; rows do not depend on how they are cut into blocks; equal to PEFT in
+float64, or to the paper's formula where PEFT computes in less.
 """
-
-from __future__ import annotations
-
-from types import ModuleType
-
-from inlay.tuners import dora, lora
-
-TUNERS: dict[str, ModuleType] = {"lora": lora, "dora": dora}
