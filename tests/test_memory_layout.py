@@ -37,7 +37,8 @@ def _ernie() -> Any:
     text = {
         **{k: v for k, v in TEXT.items() if k != "pad_token_id"}, "moe_intermediate_size": [12, 8], "moe_k": 2,
         "moe_num_experts": 4, "moe_num_shared_experts": 1, "mlp_layer_types": ["dense", "sparse"], "pad_token_id": 0,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 1e4},
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 4], "rope_theta": 1e4},
+        "head_dim": 16,
     }  # fmt: skip
     vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "patch_size": 4}
     config = transformers.Ernie4_5_VLMoeConfig(text_config=text, vision_config=vision)

@@ -41,7 +41,9 @@ def verify(parser: argparse.ArgumentParser) -> None:
 
 
 def inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="directory or Hub id")
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH", help="directory or Hub id; of several adapters on --model: how they meet"
+    )
     parser.add_argument(
         "--model", default=None, metavar="BASE", help="a base, to say which share of it an adapter trains"
     )

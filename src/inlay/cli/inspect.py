@@ -1,27 +1,32 @@
-"""`inlay inspect PATH`: what is in a base, an adapter, a merged directory."""
+"""`inlay inspect PATH …`: what is in a base, an adapter, a merged directory; how several adapters meet."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from inlay.adapters.adapter import CONFIG, Adapter, read_adapter
 from inlay.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from inlay.checkpoints.header import TensorInfo
+from inlay.cli.plan import describe_meeting
 from inlay.cli.sources import resolve
 from inlay.cli.text import count, plural, rows, size
 from inlay.errors import InputError
+from inlay.plan.build import make_plan
+from inlay.plan.meeting import meet
 from inlay.records.manifest import is_sealed, read_manifest
 
 
 def run(args: argparse.Namespace) -> int:
-    path = resolve(args.path, None, args.use_modelscope)
+    paths = [resolve(path, None, args.use_modelscope) for path in args.paths]
     base = open_checkpoint(resolve(args.model, None, args.use_modelscope)) if args.model else None
-    facts = inspect_path(path, base)
+    if len(paths) > 1:
+        return _inspect_several(paths, base, args.json)
+    facts = inspect_path(paths[0], base)
     if args.json:
         print(json.dumps(facts, indent=1, ensure_ascii=False))
     else:
@@ -34,6 +39,23 @@ def run(args: argparse.Namespace) -> int:
                 ]
             )
         )
+    return 0
+
+
+def _inspect_several(paths: Sequence[Path], base: Checkpoint | None, as_json: bool) -> int:
+    """Several adapters on one base: the size of each, and how they meet."""
+    if base is None:
+        raise InputError("several adapters meet on a base: name it with --model")
+    plan = make_plan(base, [read_adapter(path) for path in paths])
+    meetings = meet(plan, base=True)
+    if as_json:
+        names = [a.name for a in plan.adapters]
+        facts = {"adapters": names, "order_matters": plan.order_matters, "overlaps": list(plan.overlaps)}
+        print(json.dumps({**facts, "meeting": [m.to_json(names) for m in meetings]}, indent=1, ensure_ascii=False))
+        return 0
+    order = "matters" if plan.order_matters else "does not matter"
+    print(f"{plural(len(plan.overlaps), 'tensor')} in common; the order of the adapters {order}")
+    print(describe_meeting(plan, meetings))
     return 0
 
 

@@ -5,22 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Sequence
 
 from inlay.cli import options
 from inlay.cli.sources import find_model, open_adapters
 from inlay.cli.text import count, plural, rows, size
 from inlay.plan.build import make_plan
+from inlay.plan.meeting import Meeting, meet
 from inlay.plan.types import Plan, to_json
 
 SHOWN = 8
+LEAST_AGREED = 3
 
 
 def run(args: argparse.Namespace) -> int:
     plan = plan_from(args, args.output_dir)
+    meetings = meet(plan) if len(plan.adapters) > 1 else []
     if args.json:
-        print(json.dumps({**to_json(plan), "digest": plan.digest}, indent=1, ensure_ascii=False))
+        met = {"meeting": [m.to_json([a.name for a in plan.adapters]) for m in meetings]} if meetings else {}
+        print(json.dumps({**to_json(plan), **met, "digest": plan.digest}, indent=1, ensure_ascii=False))
     else:
-        print(describe(plan))
+        print("\n\n".join(part for part in (describe(plan), describe_meeting(plan, meetings)) if part))
     return 0
 
 
@@ -66,6 +71,27 @@ def describe(plan: Plan) -> str:
     ]
     parts += [_listed("notes", list(plan.notes)), _listed("warnings", list(plan.warnings))]
     return "\n\n".join(part for part in parts if part)
+
+
+def describe_meeting(plan: Plan, meetings: Sequence[Meeting]) -> str:
+    """How the adapters meet: over all tensors, then the tensors on which a pair agrees least."""
+    if not meetings:
+        return ""
+    names = [a.name for a in plan.adapters]
+    *single, overall = meetings
+    lines = [f"{names[i]}: size {_of_base(overall, i)}" for i in overall.sizes]
+    for i, j in overall.cosines:
+        ranked = sorted((m for m in single if (i, j) in m.cosines), key=lambda m: m.cosines[i, j])
+        lines.append(
+            f"{names[i]} and {names[j]}: cosine {overall.cosines[i, j]:+.3f} over {plural(len(ranked), 'tensor')}"
+        )
+        lines += [f"  {m.cosines[i, j]:+.3f}  {m.key}" for m in ranked[:LEAST_AGREED]]
+    return _listed("how the adapters meet", lines)
+
+
+def _of_base(meeting: Meeting, adapter: int) -> str:
+    share = meeting.relative(adapter)
+    return f"{meeting.sizes[adapter]:.3g}" + (f", {share:.2%} of the weights it changes" if share else "")
 
 
 def _base(plan: Plan) -> str:

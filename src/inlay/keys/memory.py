@@ -10,6 +10,7 @@ ends up is where that row ends up.
 from __future__ import annotations
 
 import copy
+import logging
 import re
 import warnings
 from collections import defaultdict
@@ -83,6 +84,8 @@ def _build(config: Mapping[str, Any]) -> Any:
     if cls is None or not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return None
     kept = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(logging.CRITICAL)  # its remarks on the config are not ours to make
     try:
         with torch.device("meta"):
             return cls(CONFIG_MAPPING[model_type].from_dict(kept))
@@ -90,6 +93,8 @@ def _build(config: Mapping[str, Any]) -> Any:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = re.sub(r"^\s*\w+Error: ", "", lines[-1])
         raise InputError(f"transformers cannot build {architecture} from this config.json: {reason:.200}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 def _lay_out(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> MemoryLayout:

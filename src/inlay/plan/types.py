@@ -333,7 +333,7 @@ def from_json(value: Mapping[str, Any]) -> Plan:
     """A plan from what `to_json` made. Raises ValueError for another format."""
     if value.get("format") != FORMAT:
         raise ValueError(f"plan format {value.get('format')!r}; this version reads {FORMAT}")
-    v = {name: part for name, part in value.items() if name not in ("format", "digest")}
+    v = {name: part for name, part in value.items() if name not in ("format", "digest", "meeting")}
     v["adapters"] = tuple(
         AdapterUse(**{**a, "rank": tuple(a["rank"]), "scaling": tuple(a["scaling"])}) for a in v["adapters"]
     )
