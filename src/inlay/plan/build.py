@@ -9,15 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from inlay.adapters.adapter import CONFIG, Adapter, read_adapter
-from inlay.adapters.values import scan_values
 from inlay.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from inlay.checkpoints.spans import BASE, SpanReader, TensorRef, adapter_root
 from inlay.dtypes import BY_TORCH_NAME, DTYPES, DType
 from inlay.errors import InputError, PlanError, Problem
-from inlay.keys import families
-from inlay.keys.rules import AS_THEY_ARE
 from inlay.output.destination import check_destination
 from inlay.plan import cost, layout, sidecars
+from inlay.plan.check import Findings, check_adapters, check_base, new_head, vocabulary
 from inlay.plan.combine import COMBINE, Draft, combine, order_matters, overlaps
 from inlay.plan.contribute import contribute
 from inlay.plan.memory import DEFAULT_MAX_MEMORY
@@ -39,11 +37,6 @@ from inlay.plan.types import (
 )
 
 StrPath = str | os.PathLike[str]
-SHIFTED = {
-    "pissa": "its largest singular components",
-    "olora": "the first columns of its QR factorisation",
-    "kasa": "its smallest singular components",
-}
 OVERHEAD_BYTES = 1 << 20  # manifest, model card, index
 
 
@@ -78,7 +71,7 @@ def make_plan(
         needed = plan.cost.written + OVERHEAD_BYTES
         problems = problems + check_destination(Path(output_dir), plan.roots, exist_ok, needed)
     if problems:
-        raise PlanError(problems, draft.hints)
+        raise PlanError(problems, draft.found.hints)
     return plan
 
 
@@ -136,7 +129,7 @@ def _reach(step: Step | Dense) -> tuple[int, int]:
 
 
 class _Planner:
-    """Gathers what a plan needs; `problems` and `hints` fill while it works."""
+    """Gathers what a plan needs; `found` fills while it works."""
 
     def __init__(
         self, base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], settings: Settings
@@ -145,21 +138,19 @@ class _Planner:
         self.adapters = adapters
         self.weights = weights
         self.settings = settings
-        self.problems: list[Problem] = []
-        self.warnings: list[str] = []
-        self.notes: list[str] = []
-        self.hints: list[str] = []
+        self.found = Findings()
+        self.problems, self.notes = self.found.problems, self.found.notes
 
     def plan(self, max_memory: int) -> Plan:
         contributions = [
             contribute(adapter, i, weight, self.base)
             for i, (adapter, weight) in enumerate(zip(self.adapters, self.weights, strict=True))
         ]
-        self._check_adapters(contributions)
+        check_adapters(self.base, contributions, self.found)
         drafts, untied = self._drafts(contributions)
         shards = self._shards(drafts, untied)
         files, left_out = self._sidecars(shards, untied)
-        self._check_base()
+        check_base(self.base, self.adapters, self.settings.dtype is not None, self.found)
         return Plan(
             base=self.base.fingerprint,
             base_name=str(self.base.path),
@@ -170,54 +161,13 @@ class _Planner:
             sidecars=files,
             left_out=left_out,
             expectations=self._expectations(),
-            warnings=tuple(self.warnings),
+            warnings=tuple(self.found.warnings),
             notes=tuple(self.notes),
             overlaps=overlaps(drafts),
             order_matters=order_matters(drafts),
             cost=cost.estimate(shards, max_memory, self.problems),
             inputs=self._inputs(),
         )
-
-    def _check_adapters(self, contributions: Sequence[Contribution]) -> None:
-        for found in contributions:
-            self.problems += found.problems
-            self._check_values(found)
-            self._check_targets(found)
-            if not found.keys and not found.problems:
-                self.problems.append(Problem(found.adapter.name, "has no tensors"))
-            named = found.adapter.base_model
-            if found.problems and named:
-                self.hints.append(f"{found.adapter.name} names {named} as its base; this is {self.base.path}.")
-            if found.problems and found.hint:
-                self.hints.append(f"Other names than those of the files were not looked for: {found.hint}.")
-            if found.adapter.unused:
-                self.notes.append(
-                    f"{found.adapter.name}: not used, being repeated: {', '.join(found.adapter.unused[:4])}"
-                )
-            if found.adapter.config.variant in SHIFTED:
-                what = SHIFTED[found.adapter.config.variant]
-                self.notes.append(f"{found.adapter.name}: trained on the base without {what}; it is computed again")
-            if found.rule != AS_THEY_ARE:
-                self.notes.append(f"{found.adapter.name}: {found.rule}")
-
-    def _check_values(self, found: Contribution) -> None:
-        values = scan_values(found.adapter)
-        self.problems += [Problem(key, f"NaN or Inf in adapter {found.adapter.name}") for key in values.nonfinite]
-        if found.adapter.config.peft_type != "LORA":
-            return
-        acting = [t.key for t in found.adapter.tensors if "lora_A" not in t.key and "lora_embedding_A" not in t.key]
-        if acting and set(acting) <= set(values.zero):
-            self.warnings.append(f"{found.adapter.name} is zero everywhere: the merged weights equal the base")
-
-    def _check_targets(self, found: Contribution) -> None:
-        """Modules that the config lists and the file has nothing for: the training saved less than it should have."""
-        listed = found.adapter.config.raw.get("target_modules")
-        modules = found.adapter.parts
-        for name in listed if isinstance(listed, list) else []:
-            if isinstance(name, str) and not any(m == name or m.endswith("." + name) for m in modules):
-                self.warnings.append(
-                    f"{found.adapter.name}: target_modules lists {name!r}, the file has nothing for it"
-                )
 
     def _drafts(self, contributions: Sequence[Contribution]) -> tuple[dict[str, Draft], Untied | None]:
         roots = {BASE: self.base.path} | {adapter_root(i): a.path for i, a in enumerate(self.adapters)}
@@ -317,7 +267,11 @@ class _Planner:
     ) -> tuple[tuple[Sidecar, ...], dict[str, str]]:
         entries = {e.key: e for shard in shards for e in shard.entries}
         edits = sidecars.config_edits(
-            self.base, self.settings.dtype, untied is not None, self._vocabulary(entries), self._new_head(entries)
+            self.base,
+            self.settings.dtype,
+            untied is not None,
+            vocabulary(self.base, entries, self.problems),
+            new_head(self.base, self.adapters, entries),
         )
         if edits:
             self.notes.append("config.json: " + ", ".join(f"{k} = {v!r:.60}" for k, v in edits.items()))
@@ -325,47 +279,6 @@ class _Planner:
         if layout.index_file(shards) and layout.make_index(self.base, shards) is None and self.base.index_file:
             files = (*files, Sidecar(self.base.index_file, BASE, self.base.index_file))
         return files, left_out
-
-    def _vocabulary(self, entries: Mapping[str, Entry]) -> int | None:
-        """The new number of rows of embedding and head, if an adapter changes it; both must agree."""
-        sizes = {}
-        for key, entry in entries.items():
-            if key in families.HEADS or families.is_embedding(key.removesuffix(".weight")):
-                before = self.base.tensors[key][1].shape if key in self.base.tensors else entry.source.shape
-                sizes[key] = (before[0], entry.shape[0])
-        vocab_size = families.text_config(self.base.config)[1].get("vocab_size")
-        changed = {key: after for key, (before, after) in sizes.items() if before != after}
-        if not changed:
-            return None
-        rows = max(changed.values())
-        for key, (rows_before, rows_after) in sizes.items():
-            if rows_after != rows and (rows_before == vocab_size or key in changed):
-                what = f"has {rows_after} rows and would not fit {max(changed)}, which has {rows}"
-                cure = "the adapter must bring both (PEFT: save_embedding_layers=True)"
-                self.problems.append(Problem(key, f"{what}; {cure}"))
-        return rows if rows != vocab_size else None
-
-    def _new_head(self, entries: Mapping[str, Entry]) -> tuple[str, int] | None:
-        tasks = [a.config.task_type for a in self.adapters if a.config.task_type in sidecars.HEAD_CLASSES]
-        heads = [
-            e for k, e in entries.items() if k not in self.base.tensors and len(e.shape) == 2 and e.source.root != BASE
-        ]
-        return (tasks[-1], min(e.shape[0] for e in heads)) if tasks and heads else None
-
-    def _check_base(self) -> None:
-        quantised = self.base.config.get("quantization_config")
-        if isinstance(quantised, dict) and (self.problems or self.settings.dtype):
-            # One problem says it all; the codes of each tensor would only repeat it.
-            self.problems = [p for p in self.problems if " codes, " not in p.what]
-            what = f"is quantised ({quantised.get('quant_method')}), and merging into codes is not supported"
-            self.problems.insert(0, Problem(str(self.base.path), f"{what}: give the 16-bit original with --model"))
-        for i, adapter in enumerate(self.adapters):
-            recorded = adapter.fingerprint.get("headers")
-            if recorded and recorded != self.base.fingerprint:
-                what = f"was trained on another base: recorded {recorded}, this one is {self.base.fingerprint}"
-                self.problems.append(Problem(adapter.name, what))
-            if self.adapters[:i] and adapter.digest in {a.digest for a in self.adapters[:i]}:
-                self.warnings.append(f"{adapter.name} is given twice: its effect is added twice")
 
     def _expectations(self) -> tuple[Expectation, ...]:
         return tuple(

@@ -1,0 +1,132 @@
+"""What speaks against a plan beyond single tensors: the adapters as they are, the base as it is, the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from inlay.adapters.adapter import Adapter
+from inlay.adapters.values import scan_values
+from inlay.checkpoints.checkpoint import Checkpoint
+from inlay.checkpoints.spans import BASE
+from inlay.errors import Problem
+from inlay.keys import families
+from inlay.keys.rules import AS_THEY_ARE
+from inlay.plan import sidecars
+from inlay.plan.placer import Contribution
+from inlay.plan.types import Entry
+
+SHIFTED = {
+    "pissa": "its largest singular components",
+    "olora": "the first columns of its QR factorisation",
+    "kasa": "its smallest singular components",
+}
+
+
+@dataclass
+class Findings:
+    """Problems stop a plan, with hints on them; warnings and notes go along with it."""
+
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
+
+
+def check_adapters(base: Checkpoint, contributions: Sequence[Contribution], findings: Findings) -> None:
+    """The problems of each adapter, and what is remarkable about it."""
+    for found in contributions:
+        findings.problems += found.problems
+        _check_values(found, findings)
+        findings.warnings += _missing_targets(found)
+        if not found.keys and not found.problems:
+            findings.problems.append(Problem(found.adapter.name, "has no tensors"))
+        findings.hints += _hints(base, found) if found.problems else []
+        findings.notes += _notes(found)
+
+
+def _hints(base: Checkpoint, found: Contribution) -> list[str]:
+    hints = []
+    if named := found.adapter.base_model:
+        hints.append(f"{found.adapter.name} names {named} as its base; this is {base.path}.")
+    if found.hint:
+        hints.append(f"Other names than those of the files were not looked for: {found.hint}.")
+    return hints
+
+
+def _notes(found: Contribution) -> list[str]:
+    name, notes = found.adapter.name, []
+    if found.adapter.unused:
+        notes.append(f"{name}: not used, being repeated: {', '.join(found.adapter.unused[:4])}")
+    if found.adapter.config.variant in SHIFTED:
+        notes.append(
+            f"{name}: trained on the base without {SHIFTED[found.adapter.config.variant]}; it is computed again"
+        )
+    if found.rule != AS_THEY_ARE:
+        notes.append(f"{name}: {found.rule}")
+    return notes
+
+
+def _check_values(found: Contribution, findings: Findings) -> None:
+    values = scan_values(found.adapter)
+    findings.problems += [Problem(key, f"NaN or Inf in adapter {found.adapter.name}") for key in values.nonfinite]
+    if found.adapter.config.peft_type != "LORA":
+        return
+    acting = [t.key for t in found.adapter.tensors if "lora_A" not in t.key and "lora_embedding_A" not in t.key]
+    if acting and set(acting) <= set(values.zero):
+        findings.warnings.append(f"{found.adapter.name} is zero everywhere: the merged weights equal the base")
+
+
+def _missing_targets(found: Contribution) -> list[str]:
+    """Modules that the config lists and the file has nothing for: the training saved less than it should have."""
+    listed = found.adapter.config.raw.get("target_modules")
+    modules = found.adapter.parts
+    return [
+        f"{found.adapter.name}: target_modules lists {name!r}, the file has nothing for it"
+        for name in (listed if isinstance(listed, list) else [])
+        if isinstance(name, str) and not any(m == name or m.endswith("." + name) for m in modules)
+    ]
+
+
+def check_base(base: Checkpoint, adapters: Sequence[Adapter], changes_type: bool, findings: Findings) -> None:
+    """Whether this is the base that the adapters were trained on, and one that can be added to."""
+    quantised = base.config.get("quantization_config")
+    if isinstance(quantised, dict) and (findings.problems or changes_type):
+        # One problem says it all; the codes of each tensor would only repeat it.
+        findings.problems[:] = [p for p in findings.problems if " codes, " not in p.what]
+        what = f"is quantised ({quantised.get('quant_method')}), and merging into codes is not supported"
+        findings.problems.insert(0, Problem(str(base.path), f"{what}: give the 16-bit original with --model"))
+    for i, adapter in enumerate(adapters):
+        recorded = adapter.fingerprint.get("headers")
+        if recorded and recorded != base.fingerprint:
+            what = f"was trained on another base: recorded {recorded}, this one is {base.fingerprint}"
+            findings.problems.append(Problem(adapter.name, what))
+        if adapters[:i] and adapter.digest in {a.digest for a in adapters[:i]}:
+            findings.warnings.append(f"{adapter.name} is given twice: its effect is added twice")
+
+
+def vocabulary(base: Checkpoint, entries: Mapping[str, Entry], problems: list[Problem]) -> int | None:
+    """The new number of rows of embedding and head, if an adapter changes it; both must agree."""
+    sizes = {}
+    for key, entry in entries.items():
+        if key in families.HEADS or families.is_embedding(key.removesuffix(".weight")):
+            before = base.tensors[key][1].shape if key in base.tensors else entry.source.shape
+            sizes[key] = (before[0], entry.shape[0])
+    vocab_size = families.text_config(base.config)[1].get("vocab_size")
+    changed = {key: after for key, (before, after) in sizes.items() if before != after}
+    if not changed:
+        return None
+    rows = max(changed.values())
+    for key, (rows_before, rows_after) in sizes.items():
+        if rows_after != rows and (rows_before == vocab_size or key in changed):
+            what = f"has {rows_after} rows and would not fit {max(changed)}, which has {rows}"
+            cure = "the adapter must bring both (PEFT: save_embedding_layers=True)"
+            problems.append(Problem(key, f"{what}; {cure}"))
+    return rows if rows != vocab_size else None
+
+
+def new_head(base: Checkpoint, adapters: Sequence[Adapter], entries: Mapping[str, Entry]) -> tuple[str, int] | None:
+    """Task and number of labels of a head that an adapter brings to a base without one."""
+    tasks = [a.config.task_type for a in adapters if a.config.task_type in sidecars.HEAD_CLASSES]
+    heads = [e for k, e in entries.items() if k not in base.tensors and len(e.shape) == 2 and e.source.root != BASE]
+    return (tasks[-1], min(e.shape[0] for e in heads)) if tasks and heads else None
