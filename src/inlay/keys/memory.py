@@ -22,7 +22,16 @@ from typing import Any
 from inlay.errors import InputError
 
 # Conversions that move whole rows. Others (rotary permutations, interleaving, decoding) are refused by name.
-ROW_OPERATIONS = frozenset({"MergeModulelist", "Concatenate", "Chunk"})
+ROW_OPERATIONS = frozenset({"MergeModulelist", "Concatenate", "Chunk", "Split"})
+# Fields of a config that change no name and no shape. Of them some make transformers look for a package or a kernel
+# on the hub, whose code it would run.
+IGNORED = frozenset(
+    {
+        "quantization_config", "auto_map", "attn_implementation", "_attn_implementation",
+        "_attn_implementation_internal", "experts_implementation", "_experts_implementation",
+        "_experts_implementation_internal",
+    }
+)  # fmt: skip
 MOST_RUNS = 16  # of consecutive rows in one matrix: more are a permutation, not a fusion
 SOURCE = 1 << 32  # row numbers are `source · SOURCE + row`
 
@@ -80,21 +89,26 @@ def _build(config: Mapping[str, Any]) -> Any:
         ) from None
     named = config.get("architectures") or [""]
     model_type, architecture = config.get("model_type"), str(named[0])
-    cls = getattr(transformers, architecture, None)
-    if cls is None or not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+    cls: Any = getattr(transformers, architecture, None)
+    is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and cls.config_class is not None
+    if not is_model or not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return None
-    kept = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.CRITICAL)  # its remarks on the config are not ours to make
     try:
         with torch.device("meta"):
-            return cls(CONFIG_MAPPING[model_type].from_dict(kept))
+            return cls(CONFIG_MAPPING[model_type].from_dict(_kept(config)))
     except Exception as error:  # whatever some class of transformers raises on a config that it does not expect
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = re.sub(r"^\s*\w+Error: ", "", lines[-1])
         raise InputError(f"transformers cannot build {architecture} from this config.json: {reason:.200}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
+
+
+def _kept(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config, and the configs in it, without the fields that are ignored."""
+    return {k: _kept(v) if isinstance(v, Mapping) else v for k, v in config.items() if k not in IGNORED}
 
 
 def _lay_out(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> MemoryLayout:
@@ -122,9 +136,9 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
     return rows, count
 
 
-def _whole(key: str, shape: tuple[int, ...], transposed: bool = False) -> Slice:
+def _whole(key: str, shape: tuple[int, ...]) -> Slice:
     rows = (0, shape[0] if shape else 1)
-    return Slice(key, None, rows, rows, transposed)
+    return Slice(key, None, rows, rows)
 
 
 Sources = dict[str, list[str]]  # source pattern -> keys, in the order of the experts
@@ -181,16 +195,31 @@ def _convert(
     columns = {shapes[key][1:] for key in keys}
     if unknown or len(columns) != 1 or any(len(shapes[key]) > 2 for key in keys):
         what = ", ".join(unknown) or "tensors of different widths"
-        refused[name] = f"transformers converts it by {what}"
+        refused.update(dict.fromkeys(_targets(name, converter, memory), f"transformers converts it by {what}"))
         return
-    for made, tags in _run(model, name, converter, sources, shapes).items():
+    try:
+        numbered = _run(model, name, converter, sources, shapes)
+    except (ValueError, RuntimeError) as error:  # as on loading: sources are missing, or do not fit together
+        why = f"transformers cannot make it of the tensors that are stored: {error!s:.200}"
+        refused.update(dict.fromkeys(_targets(name, converter, memory), why))
+        return
+    for made, tags in numbered.items():
         if made not in memory:
             continue
-        found = _slices(tags, keys)
-        if found is None or not _shape_fits(tags, columns.copy().pop(), memory[made]):
+        found, shape = _slices(tags, keys), _shape(tags, next(iter(columns)))
+        if shape != memory[made]:
+            refused[made] = f"the tensors that are stored make {shape}, in memory it is {memory[made]}"
+        elif found is None:
             refused[made] = f"its rows are permuted on loading ({', '.join(operations)})"
         else:
             slices[made] = found
+
+
+def _targets(name: str, converter: Any, memory: Mapping[str, object]) -> list[str]:
+    """All parameters that a conversion makes; `name` is the first."""
+    first = converter.target_patterns[0]
+    made = [name, *(name.replace(first, target) for target in converter.target_patterns[1:])]
+    return [other for other in made if other in memory]
 
 
 def _transpose(
@@ -198,6 +227,9 @@ def _transpose(
     slices: dict[str, tuple[Slice, ...]], refused: dict[str, str],
 ) -> None:  # fmt: skip
     stored, held = shapes[key], memory[name]
+    if len(stored) < 2:
+        refused[name] = f"{key} is {stored} on disk and {held} in memory"
+        return
     swapped = (*stored[:-2], stored[-1], stored[-2])
     if operation.check_dims and stored == swapped:
         refused[name] = f"{key} {stored} is square, so whether it is transposed on loading cannot be known"
@@ -207,7 +239,7 @@ def _transpose(
         len(stored) - 2,
         len(stored) - 1,
     }:
-        slices[name] = (_whole(key, stored, transposed=True),)
+        slices[name] = (Slice(key, None, (0, held[0]), (0, stored[0]), transposed=True),)
     else:
         refused[name] = f"{key} is {stored} on disk and {held} in memory"
 
@@ -243,10 +275,10 @@ def _run(
     return {ends[0] + k + ends[2]: v for k, v in numbered.items()} if ends else numbered
 
 
-def _shape_fits(tags: Any, columns: tuple[int, ...], memory: tuple[int, ...]) -> bool:
-    """Whether the numbers, with their columns back in place, have the shape of the parameter."""
+def _shape(tags: Any, columns: tuple[int, ...]) -> tuple[int, ...]:
+    """Of what the numbers stand for: with their columns back in place."""
     shape = tuple(tags.shape)
-    return (shape[:-1] + columns if columns else shape) == memory
+    return shape[:-1] + columns if columns else shape
 
 
 def _slices(tags: Any, keys: Sequence[str]) -> tuple[Slice, ...] | None:
