@@ -61,6 +61,7 @@ ROWS = (
     Row("oft-shared", "OFTConfig", "qwen2", {"target_modules": LINEAR, "oft_block_size": 4, "block_share": True}),
     Row("oft-coft", "OFTConfig", "qwen2", {"target_modules": LINEAR[:6], "oft_block_size": 4, "coft": True, "eps": 0.25}),
     Row("vera", "VeraConfig", "qwen2", {"target_modules": LINEAR, "r": 5}),
+    Row("vera-drawn", "VeraConfig", "qwen2", {"target_modules": LINEAR, "r": 5, "save_projection": False, "projection_prng_key": 42}),
     Row("fourierft", "FourierFTConfig", "qwen2", {"target_modules": LINEAR, "n_frequency": 20, "scaling": 64.0, "random_loc_seed": 5}, oracle=FLOAT32),
     Row("vblora", "VBLoRAConfig", "qwen2", {"target_modules": LINEAR, "r": 2, "num_vectors": 6, "vector_length": 4}),
     Row("vblora-topk", "VBLoRAConfig", "qwen2", {"target_modules": LINEAR, "r": 2, "num_vectors": 6, "vector_length": 4, "save_only_topk_weights": True}, oracle=FLOAT32),
@@ -224,10 +225,27 @@ def test_a_weight_scales_a_sum(kit: Kit, adapter: Callable[[str], Path], tmp_pat
     assert correctly_rounded(float64(merged[key]), exact, FLOAT64 * float(np.abs(exact).max()), "F32").all()
 
 
-def test_vera_without_its_projections_is_refused(kit: Kit, tmp_path: Path) -> None:
-    row = Row("vera", "VeraConfig", "qwen2", {"target_modules": ["q_proj"], "r": 5, "save_projection": False})
+def test_vera_without_its_projections_and_without_saying_so_is_refused(
+    kit: Kit, adapter: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = kit.copy_of(adapter("vera-drawn"), tmp_path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, "save_projection": True}))
     with pytest.raises(PlanError, match="save_projection=True"):
-        inlay.make_plan(kit.base("qwen2"), [make(row, kit, tmp_path / "a")])
+        inlay.make_plan(kit.base("qwen2"), [path])
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**31 + 5])
+def test_projections_are_drawn_as_torch_draws_them(seed: int) -> None:
+    import torch
+
+    from inlay.tuners.torch_random import uniform
+
+    generator = torch.Generator("cpu").manual_seed(seed)
+    ours = np.random.RandomState(seed)
+    for shape, bound in (((3, 7), 0.3), ((40, 5), 2.0), ((1, 700), 1e-3)):
+        theirs = torch.empty(shape).uniform_(-bound, bound, generator=generator).numpy()
+        assert np.array_equal(theirs, uniform(ours, shape, -bound, bound))
 
 
 def test_oft_on_a_large_kernel_is_refused(kit: Kit, tmp_path: Path) -> None:
@@ -277,6 +295,22 @@ def test_a_field_that_a_method_does_not_know_is_refused(
     (path / "adapter_config.json").write_text(json.dumps({**config, "use_secret": True}))
     with pytest.raises(AdapterError, match="use_secret"):
         inlay.read_adapter(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [("oft", "eps", "tiny"), ("vera-drawn", "projection_prng_key", []), ("gralora", "gralora_k", "two")],
+)
+def test_a_field_of_the_wrong_type_is_refused(
+    adapter: Callable[[str], Path], kit: Kit, tmp_path: Path, name: str, field: str, value: Any
+) -> None:
+    path = kit.copy_of(adapter(name), tmp_path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(
+        json.dumps({**config, "coft": True, field: value} if name == "oft" else {**config, field: value})
+    )
+    with pytest.raises(PlanError, match=field):
+        inlay.make_plan(kit.base("qwen2"), [path])
 
 
 def test_peft_loads_what_the_table_makes(adapter: Callable[[str], Path], kit: Kit) -> None:

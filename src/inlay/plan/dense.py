@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -19,15 +20,20 @@ def place(placer: Placer, module: str, parts: Mapping[str, TensorInfo]) -> None:
     file = dense.tuner(name)
     parts = {**{k: t for k, t in placer.adapter.shared.items() if k in file.SHARED}, **parts}
     missing = sorted({*file.REQUIRED, *file.SHARED} - parts.keys())
-    if missing:
+    draw = set(missing) == set(file.SHARED) and getattr(file, "DRAWN", False) and _left_out(placer)
+    if missing and not draw:
         why = f"; {file.MISSING}" if hasattr(file, "MISSING") and set(missing) <= set(file.SHARED) else ""
         placer.problem(module, f"incomplete: has {', '.join(sorted(parts))}, lacks {', '.join(missing)}{why}")
         return
     key = placer.weight_key(module)
     if key is None or not placer.target_is_float(module, key):
         return
-    rank, alpha = placer.config.rank(module), placer.config.alpha(module)
-    settings = file.settings(placer.config.raw, rank, alpha if placer.config.has_alpha else None)
+    rank = placer.config.rank(module)
+    settings = _settings(placer, module, file, rank)
+    if settings is None:
+        return
+    if draw:
+        settings["largest"] = _largest(placer)
     shapes = {k: t.shape for k, t in parts.items()}
     shape = placer.shape(key)
     transposed = _transposed(placer, module, file, shapes, settings, shape)
@@ -43,6 +49,37 @@ def place(placer: Placer, module: str, parts: Mapping[str, TensorInfo]) -> None:
     if isinstance(settings.get("scaling"), float):
         placer.found.scalings.add(settings["scaling"])
     _bias(placer, module, Dense(position, name, refs, settings, logical, bias=True), file, shapes)
+
+
+def _settings(placer: Placer, module: str, file: ModuleType, rank: int) -> dict[str, Any] | None:
+    """What the config says for this module; None, and a problem, where a field is of the wrong type."""
+    alpha = placer.config.alpha(module) if placer.config.has_alpha else None
+    try:
+        settings: dict[str, Any] = file.settings(placer.config.raw, rank, alpha)
+    except (TypeError, ValueError, AttributeError) as error:  # int("x"), float([]): fields are read as they are used
+        fields = {
+            name: placer.config.raw[name] for name in sorted(getattr(file, "FIELDS", ())) if name in placer.config.raw
+        }
+        placer.problem(module, f"a field of its config is malformed ({error}): {fields!r:.200}")
+        return None
+    return settings
+
+
+def _left_out(placer: Placer) -> bool:
+    """Whether the config says that what all modules share is not in the file."""
+    return placer.config.raw.get("save_projection") is False
+
+
+def _largest(placer: Placer) -> list[int]:
+    """Largest number of outputs and of inputs among the modules of the adapter."""
+    sizes = []
+    for module in placer.adapter.parts:
+        key = placer.names.key(module + ".weight")
+        if key in placer.base.tensors:
+            out, *inputs = placer.base.tensors[key][1].shape
+            turned = families.stored_transposed(placer.model_type, module)
+            sizes.append((inputs[0], out) if turned else (out, math.prod(inputs)))
+    return [max(out for out, _ in sizes), max(in_ for _, in_ in sizes)]
 
 
 def _bias(placer: Placer, module: str, step: Dense, file: ModuleType, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -2,8 +2,8 @@
 
 W' = W + (λ_b ∘ B[:out]) (λ_d ∘ A[:, :in])        Kopiczko et al. 2024
 
-The shared A (r, largest in) and B (largest out, r) are merged from the file. Where they were not saved
-(`save_projection` false) they would have to be drawn again as one version of torch draws them.
+The shared A (r, largest in) and B (largest out, r) are in the file, or, with `save_projection` false, are drawn again
+from `projection_prng_key`: A, then B, with the largest sizes among the layers of the adapter.
 """
 
 from __future__ import annotations
@@ -14,41 +14,54 @@ from typing import Any
 import numpy as np
 
 from inlay.dtypes import F64Array
+from inlay.tuners.torch_random import kaiming_uniform
 
 PEFT_TYPE = "VERA"
 REQUIRED = ("vera_lambda_b", "vera_lambda_d")
 OPTIONAL = ()
 SHARED = ("vera_A", "vera_B")
 MISSING = "the projections are not in the file; load the adapter with PEFT and save it with save_projection=True"
+DRAWN = True  # the shared parts may be drawn again, for the largest sizes among the layers
 WHOLE = False
 ADDITIVE = True
-FIELDS = frozenset({"save_projection"})
-IGNORED = frozenset({"projection_prng_key", "vera_dropout", "d_initial", "init_weights"})
+FIELDS = frozenset({"save_projection", "projection_prng_key"})
+IGNORED = frozenset({"vera_dropout", "d_initial", "init_weights"})
 REFUSED: dict[str, str] = {}
 
 
 def settings(raw: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str, Any]:
-    """Nothing: the strength is in the vectors."""
-    return {}
+    """The key of the projections and their rank; the strength is in the vectors."""
+    key = raw.get("projection_prng_key")
+    return {"key": 0 if key is None else int(key), "rank": rank}
 
 
 def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     """What does not fit a weight of this shape."""
-    if not set(SHARED) <= shapes.keys():
+    if not set(SHARED) <= shapes.keys() and "largest" not in settings:
         return MISSING
-    a, b, lambda_b, lambda_d = (shapes[n] for n in ("vera_A", "vera_B", "vera_lambda_b", "vera_lambda_d"))
+    a, b = _drawn_shapes(settings) if "largest" in settings else (shapes["vera_A"], shapes["vera_B"])
+    lambda_b, lambda_d = shapes["vera_lambda_b"], shapes["vera_lambda_d"]
     pair = len(shape) == len(a) == len(b) == 2 and a[0] == b[1] and a[1] >= shape[1] and b[0] >= shape[0]
     if pair and lambda_b == shape[:1] and lambda_d == a[:1]:
         return None
     return f"vera_lambda_b {lambda_b} and vera_lambda_d {lambda_d} with A {a} and B {b} do not make {shape}"
 
 
+def _drawn_shapes(settings: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of A and B, for the largest number of outputs and of inputs."""
+    outputs, inputs = settings["largest"]
+    return (settings["rank"], inputs), (outputs, settings["rank"])
+
+
 def prepare(
     parts: Mapping[str, F64Array], settings: Mapping[str, Any], shape: tuple[int, ...]
 ) -> Mapping[str, F64Array]:
     """The pair of this layer."""
-    right = parts["vera_lambda_d"][:, None] * parts["vera_A"][:, : shape[1]]
-    return {"left": parts["vera_lambda_b"][:, None] * parts["vera_B"][: shape[0]], "right": right}
+    a, b = parts.get("vera_A"), parts.get("vera_B")
+    if a is None or b is None:
+        a, b = (x.astype(np.float64) for x in kaiming_uniform(settings["key"], _drawn_shapes(settings)))
+    right = parts["vera_lambda_d"][:, None] * a[:, : shape[1]]
+    return {"left": parts["vera_lambda_b"][:, None] * b[: shape[0]], "right": right}
 
 
 def delta(
