@@ -144,6 +144,7 @@ def test_every_element_is_pefts_float64_merge_rounded_once(
     assert changed, "the adapter did nothing, so this test could not fail"
     report = inlay.verify(base, [path], tmp_path / "out")
     assert report.ok and report.exact
+    assert "B A" not in (tmp_path / "out" / "README.md").read_text(), "the card must not claim LoRA's formula"
     assert inlay.loads(inlay.dumps(plan)) == plan
 
 

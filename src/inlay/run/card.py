@@ -44,13 +44,20 @@ An ordinary checkpoint: the base with its adapters merged in. {share:.1%} of the
 |---|---|---|---|---|---|---|
 {rows}
 
-Every merged weight is `base + Σ scaling · weight · B A` in exact arithmetic, rounded once to its stored type; every
+{_how(plan)}; every
 other tensor is the base's, byte for byte. `inlay.json` holds the recipe and the digests. To check:
 
 ```
 inlay verify --model BASE --adapters ADAPTER … --merged THIS_DIRECTORY
 ```
 """
+
+
+def _how(plan: Plan) -> str:
+    """What a merged weight is."""
+    if all(a.tuner == "lora" for a in plan.adapters):
+        return "Every merged weight is `base + Σ scaling · weight · B A` in exact arithmetic, rounded once to its type"
+    return "Every merged weight is what its adapters' methods make of the base, in float64 or better, rounded once"
 
 
 def _kept_metadata(plan: Plan) -> str:
