@@ -24,6 +24,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 FLOAT64 = 1e-12
 # where PEFT itself computes in float32 whatever the type: Fourier transforms, QR, logits won back from weights
 FLOAT32 = 2.0**-20
+PEFTS_DIGITS = 1e-10  # where PEFT's numbers for a wavelet have 12 digits
 DECOMPOSED32 = 2.0**-17  # where it also decomposes the weight in float32, and refuses float64
 
 
@@ -81,6 +82,22 @@ ROWS = (
     Row("miss-bat", "MissConfig", "qwen2", {"target_modules": LINEAR, "r": 4, "init_weights": "bat"}),
     Row("miss-mini", "MissConfig", "qwen2", {"target_modules": LINEAR, "r": 4, "mini_r": 2, "init_weights": "mini"}),
     Row("road", "RoadConfig", "qwen2", {"target_modules": LINEAR, "group_size": 4}),
+    Row("pvera", "PveraConfig", "qwen2", {"target_modules": LINEAR, "r": 5}),
+    Row("pvera-conv1d", "PveraConfig", "gpt2", {"target_modules": ["c_attn"], "r": 5, "fan_in_fan_out": True}),
+    Row("glora", "GloraConfig", "qwen2", {"target_modules": LINEAR, "r": 3, "config_C": "none"}),
+    Row("glora-vector", "GloraConfig", "qwen2", {"target_modules": LINEAR, "config_A_B": "vector", "config_C": "none", "config_D_E": "vector"}),
+    Row("glora-constant", "GloraConfig", "qwen2", {"target_modules": LINEAR, "config_A_B": "constant", "config_C": "none", "config_D_E": "none"}),
+    Row("glora-bias", "GloraConfig", "qwen2", {"target_modules": LINEAR, "config_A_B": "none", "config_C": "none"}),
+    Row("glora-no-bias", "GloraConfig", "qwen2", {"target_modules": LINEAR[3:], "r": 3}),
+    Row("supertuning", "SupertuningConfig", "qwen2", {"target_modules": LINEAR, "sparsity": 0.9}),
+    Row("supertuning-bottom", "SupertuningConfig", "qwen2", {"target_modules": LINEAR, "sparsity": 0.7, "select_top": False}),
+    Row("supertuning-pair", "SupertuningConfig", "qwen2", {"target_modules": LINEAR, "sparsity": 0.9, "r": 3, "lora_alpha": 5}),
+    Row("supertuning-alpha", "SupertuningConfig", "qwen2", {"target_modules": LINEAR, "sparsity": 0.9, "r": 3}),
+    Row("waveft", "WaveFTConfig", "qwen2", {"target_modules": LINEAR, "n_frequency": 20}),
+    Row("waveft-db10", "WaveFTConfig", "qwen2", {"target_modules": LINEAR, "n_frequency": 20, "wavelet_family": "db10", "scaling": 3.0, "random_loc_seed": 5}),
+    Row("waveft-coif2", "WaveFTConfig", "gpt2", {"target_modules": ["c_attn"], "n_frequency": 20, "wavelet_family": "coif2", "fan_in_fan_out": True}),
+    Row("waveft-sym5", "WaveFTConfig", "qwen2", {"target_modules": LINEAR, "n_frequency": 20, "wavelet_family": "sym5"}, oracle=PEFTS_DIGITS),
+    Row("waveft-direct", "WaveFTConfig", "qwen2", {"target_modules": LINEAR, "n_frequency": 20, "use_idwt": False}),
     Row("pissa", "LoraConfig", "qwen2", {"target_modules": LINEAR, "r": 3, "lora_alpha": 6, "init_lora_weights": "pissa"}, 0.1, DECOMPOSED32, "F32"),
     Row("pissa-rslora", "LoraConfig", "qwen2", {"target_modules": LINEAR, "r": 4, "lora_alpha": 6, "use_rslora": True, "init_lora_weights": "pissa", "rank_pattern": {"q_proj": 1}}, 0.1, DECOMPOSED32, "F32"),
     Row("pissa-conv1d", "LoraConfig", "gpt2", {"target_modules": ["c_attn"], "r": 3, "lora_alpha": 6, "init_lora_weights": "pissa", "fan_in_fan_out": True}, 0.1, DECOMPOSED32, "F32"),

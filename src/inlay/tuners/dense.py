@@ -19,9 +19,10 @@ from inlay.dtypes import F64Array
 # peft_type -> file in this folder
 FILES = {
     "ADALORA": "adalora", "BEFT": "beft", "BOFT": "boft", "BONE": "miss", "C3A": "c3a", "DEFT": "deft",
-    "DELORA": "delora", "FOURIERFT": "fourierft", "GRALORA": "gralora", "HIRA": "hira", "HRA": "hra", "IA3": "ia3",
-    "LOHA": "loha", "LOKR": "lokr", "MISS": "miss", "OFT": "oft", "RANDLORA": "randlora", "ROAD": "road",
-    "SHIRA": "shira", "VBLORA": "vblora", "VERA": "vera",
+    "DELORA": "delora", "FOURIERFT": "fourierft", "GLORA": "glora", "GRALORA": "gralora", "HIRA": "hira", "HRA": "hra",
+    "IA3": "ia3", "LOHA": "loha", "LOKR": "lokr", "MISS": "miss", "OFT": "oft", "PVERA": "pvera",
+    "RANDLORA": "randlora", "ROAD": "road", "SHIRA": "shira", "SUPERTUNING": "supertuning", "VBLORA": "vblora",
+    "VERA": "vera", "WAVEFT": "waveft",
 }  # fmt: skip
 # Variants of LoRA that are no plain pair, by the name of their file.
 VARIANTS = frozenset({"bdlora", "kasa", "olora", "pissa"})

@@ -32,8 +32,4 @@ REFUSED_TYPES: dict[str, str] = {
     "OSF": _NOT_YET,
     "PEANUT": _NOT_YET,
     "UNILORA": _NOT_YET,
-    "SUPERTUNING": _NOT_YET,
-    "PVERA": _NOT_YET,
-    "GLORA": _NOT_YET,
-    "WAVEFT": _NOT_YET,
 }
