@@ -216,6 +216,23 @@ def test_two_methods_on_one_layer_act_in_turn(kit: Kit, adapter: Callable[[str],
         assert correctly_rounded(float64(merged[module + ".weight"]), exact, error, "F32").all()
 
 
+def test_two_gloras_take_their_shares_of_the_original(kit: Kit, adapter: Callable[[str], Path], tmp_path: Path) -> None:
+    """W' = W + W∘A₁ + B₁ + W∘A₂ + B₂, the bias likewise: what the model with both computes."""
+    import shutil
+
+    name = next(row.name for row in ROWS if row.config == "GloraConfig")
+    base, one = kit.base("qwen2"), adapter(name)
+    two = Path(shutil.copytree(one, tmp_path / "two"))
+    inlay.run_plan(inlay.make_plan(base, [one, two]), tmp_path / "out")
+    once, before, merged = peft_merged("qwen2", base, [one], "F64"), read(base), read(tmp_path / "out")
+    biases = 0
+    for key, tensor in merged.items():
+        exact = 2 * float64(once[key]) - float64(before[key])
+        assert correctly_rounded(float64(tensor), exact, FLOAT64 * float(np.abs(exact).max()), "F32").all(), key
+        biases += key.endswith("bias") and not np.array_equal(float64(tensor), float64(before[key]))
+    assert biases, "the bias must take part"
+
+
 def test_a_changed_byte_is_found(kit: Kit, adapter: Callable[[str], Path], tmp_path: Path) -> None:
     from oracle import shard_files
 

@@ -117,8 +117,8 @@ def test_neutral_parts_return_the_same_bytes(case: Case) -> None:
     assert merged(case, neutral).tobytes() == weight.tobytes()
     acts = merged(case, case.parts).tobytes() != weight.tobytes()
     if hasattr(case.file, "touches_bias") and case.file.touches_bias(case.shapes, case.settings):
-        assert case.file.merge_bias(bias, neutral, case.settings).tobytes() == bias.tobytes()
-        acts |= case.file.merge_bias(bias, case.parts, case.settings).tobytes() != bias.tobytes()
+        assert case.file.merge_bias(bias, bias, neutral, case.settings).tobytes() == bias.tobytes()
+        acts |= case.file.merge_bias(bias, bias, case.parts, case.settings).tobytes() != bias.tobytes()
     assert acts, "neutral and random parts do the same"
 
 

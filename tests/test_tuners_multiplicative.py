@@ -252,7 +252,7 @@ def test_a_merge_is_pefts_in_float64(made: Callable[[str], Made], name: str) -> 
         assert np.array_equal(wanted, rows) == neutral, "no change, so this test could not fail"
         if bias is not None:
             acts = hasattr(case.file, "touches_bias") and case.file.touches_bias(shapes_of(parts), settings)
-            changed = case.file.merge_bias(bias, parts, settings) if acts else bias
+            changed = case.file.merge_bias(bias, bias, parts, settings) if acts else bias
             assert close(changed, it.after[layer + ".bias"], bias), layer
             assert acts != np.array_equal(bias, changed)
 
@@ -373,7 +373,7 @@ def test_neutral_parts_keep_the_weight(case: Neutral) -> None:
     assert close(merged, WEIGHT)
     assert not case.exact or np.array_equal(merged, WEIGHT)
     if hasattr(file, "touches_bias") and file.touches_bias(shapes_of(case.parts), settings):
-        assert np.array_equal(file.merge_bias(WEIGHT[:, 0], case.parts, settings), WEIGHT[:, 0])
+        assert np.array_equal(file.merge_bias(WEIGHT[:, 0], WEIGHT[:, 0], case.parts, settings), WEIGHT[:, 0])
 
 
 # tuner, fields, shapes of the parts, shape of the weight, what the answer says

@@ -59,6 +59,6 @@ def touches_bias(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, A
     return True
 
 
-def merge_bias(bias: F64Array, parts: Mapping[str, F64Array], settings: Mapping[str, Any]) -> F64Array:
+def merge_bias(bias: F64Array, base: F64Array, parts: Mapping[str, F64Array], settings: Mapping[str, Any]) -> F64Array:
     """(out,) in and out."""
     return np.asarray(bias + parts["beft_bias"].reshape(-1))

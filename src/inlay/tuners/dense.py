@@ -49,7 +49,7 @@ def merge(
     """
     file = tuner(name)
     if bias:
-        changed: F64Array = file.merge_bias(weight.reshape(-1), parts, settings)
+        changed: F64Array = file.merge_bias(weight.reshape(-1), base.reshape(-1), parts, settings)
         return changed.reshape(weight.shape)
     logical, before = (weight.T, base.T) if transposed else (weight, base)
     if file.ADDITIVE:

@@ -106,8 +106,8 @@ def touches_bias(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, A
     return not {"glora_D.X", "glora_E.X"}.isdisjoint(shapes)
 
 
-def merge_bias(bias: F64Array, parts: Mapping[str, F64Array], settings: Mapping[str, Any]) -> F64Array:
-    """(out,) in and out."""
+def merge_bias(bias: F64Array, base: F64Array, parts: Mapping[str, F64Array], settings: Mapping[str, Any]) -> F64Array:
+    """(out,) in and out; D is a share of the bias before any adapter, as A is of the weight."""
     nothing = np.zeros(1)
-    change = bias * parts.get("glora_D.X", nothing) + parts.get("glora_E.X", nothing)
+    change = base * parts.get("glora_D.X", nothing) + parts.get("glora_E.X", nothing)
     return np.asarray(np.where(change == 0, bias, bias + change))

@@ -84,7 +84,7 @@ def touches_bias(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, A
     return True
 
 
-def merge_bias(bias: F64Array, parts: Mapping[str, F64Array], settings: Mapping[str, Any]) -> F64Array:
+def merge_bias(bias: F64Array, base: F64Array, parts: Mapping[str, F64Array], settings: Mapping[str, Any]) -> F64Array:
     """(out,) in and out."""
     column = (len(bias), 1)
     return merge(bias[:, None], bias[:, None], prepare(parts, settings, column), settings, column, 0).reshape(-1)
