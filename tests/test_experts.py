@@ -320,3 +320,139 @@ def test_the_layout_rebuilds_what_transformers_loads(kit: Kit, model: str, origi
 
 def test_a_class_that_is_not_known_has_no_layout() -> None:
     assert memory_layout({"architectures": ["RemoteModel"], "model_type": "remote"}, {}) is None
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+def test_pairs_of_experts_that_are_no_floats_are_refused(
+    kit: Kit, adapter: Callable[[str], Path], dtype: str, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    path = kit.copy_of(adapter("qwen3moe/experts"), tmp_path)
+    file = path / "adapter_model.safetensors"
+    tensors = read(file)
+    key = next(k for k in tensors if k.endswith("experts.lora_B.weight"))
+    save_file({**tensors, key: tensors[key].to(getattr(torch, dtype))}, file)
+    with pytest.raises(PlanError, match="adapter tensors of type"):
+        inlay.make_plan(kit.base("qwen3moe"), [path])
+
+
+def test_a_dense_method_on_a_fused_tensor_of_which_another_changes_a_module_is_refused(
+    kit: Kit, adapter: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The cost of such a tensor was asked for after the refusal, and ended in a traceback."""
+    import torch
+    from safetensors.torch import save_file
+
+    base = kit.base("nomicbert")
+    key = next(k for k in read(base) if k.endswith("0.attn.Wqkv.weight"))
+    out, in_ = read(base)[key].shape
+    module = "base_model.model." + key.removesuffix(".weight")
+    (tmp_path / "loha").mkdir()
+    pairs = {f"{module}.hada_w{i}_{end}": torch.ones(s) for i in "12" for end, s in (("a", (out, 2)), ("b", (2, in_)))}
+    save_file(pairs, tmp_path / "loha" / "adapter_model.safetensors")
+    (tmp_path / "loha" / "adapter_config.json").write_text(json.dumps({"peft_type": "LOHA", "r": 2, "alpha": 2}))
+    for paths in (
+        [tmp_path / "loha", adapter("nomicbert/fused")],
+        [adapter("nomicbert/fused-dora"), tmp_path / "loha"],
+    ):
+        with pytest.raises(PlanError, match="as a whole and in part"):
+            inlay.make_plan(base, paths)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("model", ["qwen3moe", "nomicbert"])
+def test_a_float64_base_passes_verification(
+    kit: Kit, adapter: Callable[[str], Path], model: str, full: bool, tmp_path: Path
+) -> None:
+    """A sum that cancels is many units of float64 off where it is computed plainly; the file is right."""
+    name = {"qwen3moe": "qwen3moe/experts", "nomicbert": "nomicbert/fused-dora"}[model]
+    base, path = kit.base(model, "F64"), adapter(name)
+    inlay.run_plan(inlay.make_plan(base, [path]), tmp_path / "out")
+    report = inlay.verify(base, [path], tmp_path / "out", full=full)
+    assert report.ok and report.exact, [t for t in report.tensors if t.verdict not in ("exact", "base")]
+
+
+def test_a_plan_that_is_made_under_a_cap_runs_under_it(
+    kit: Kit, adapter: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A quarter of the cap is for interleaved factors: the plan has to know, not only the run."""
+    base, path = kit.base("qwen3moe", "BF16"), adapter("qwen3moe/experts")
+    ran = 0
+    for cap in range(500, 6000, 100):
+        try:
+            plan = inlay.make_plan(base, [path], max_memory=cap)
+        except PlanError as error:
+            assert "--max_memory" in str(error)
+            continue
+        inlay.run_plan(plan, tmp_path / str(cap), max_memory=cap)
+        ran += 1
+        if ran == 3:
+            break
+    assert ran
+
+
+def _reshaped(kit: Kit, model: str, tmp_path: Path, part: str, tensor: Any) -> Path:
+    """A base of which one tensor is another one."""
+    from safetensors.torch import save_file
+
+    base = kit.copy_of(kit.base(model), tmp_path)
+    for file in sorted(base.glob("*.safetensors")):
+        tensors = read(file)
+        if found := [k for k in tensors if part in k]:
+            save_file({**tensors, found[0]: tensor}, file, {"format": "pt"})
+            return base
+    raise AssertionError(part)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 16), (16, 0)])
+@pytest.mark.parametrize(
+    ("model", "name", "part"),
+    [
+        ("nomicbert", "nomicbert/fused", "layers.0.attn.Wqkv.weight"),
+        ("qwen3moe", "qwen3moe/experts", "layers.0.mlp.experts.1.gate_proj"),
+        ("qwen3moe", "qwen3moe/experts", "layers.1.self_attn.o_proj"),
+        ("qwen3moe", "qwen3moe/experts", "lm_head"),
+        ("qwen3moe", "qwen3moe/router", "layers.0.mlp.gate.weight"),
+    ],
+)
+def test_a_base_with_a_tensor_of_no_size_is_merged_around_or_refused(
+    kit: Kit, adapter: Callable[[str], Path], model: str, name: str, part: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    import torch
+
+    base = _reshaped(kit, model, tmp_path, part, torch.zeros(shape))
+    try:
+        plan = inlay.make_plan(base, [adapter(name)])
+    except PlanError:
+        return
+    inlay.run_plan(plan, tmp_path / "out")
+    assert inlay.verify(base, [adapter(name)], tmp_path / "out").ok
+
+
+@pytest.mark.parametrize("part", ["lora_B.weight", "lora_magnitude_vector"])
+def test_what_is_left_beside_the_pairs_of_experts_is_refused(
+    kit: Kit, adapter: Callable[[str], Path], part: str, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    path = kit.copy_of(adapter("qwen3moe/experts"), tmp_path)
+    file = path / "adapter_model.safetensors"
+    tensors = read(file)
+    key = next(k for k in tensors if k.endswith("experts.lora_B.weight"))
+    save_file({**tensors, key.replace("lora_B.weight", f"base_layer.base_layer.{part}"): tensors[key].clone()}, file)
+    with pytest.raises(PlanError, match="no lora_A"):
+        inlay.make_plan(kit.base("qwen3moe"), [path])
+
+
+def test_dora_on_experts_is_refused(kit: Kit, adapter: Callable[[str], Path], tmp_path: Path) -> None:
+    """PEFT has none; a file that says so and has no magnitudes was merged as plain LoRA."""
+    from safetensors.torch import save_file
+
+    path = kit.copy_of(adapter("qwen3moe/experts"), tmp_path)
+    file = path / "adapter_model.safetensors"
+    save_file({k: t for k, t in read(file).items() if "experts" in k}, file)
+    _edit(path, use_dora=True)
+    with pytest.raises(PlanError, match="use_dora is true"):
+        inlay.make_plan(kit.base("qwen3moe"), [path])

@@ -429,3 +429,35 @@ def test_an_embedding_of_a_gigabyte_in_one_tensor_is_merged_in_64_megabytes(big:
     words = ["export", "--model", str(big / "base"), "--adapters", str(big / "adapter"), "--merge_lora", "--quiet",
              "--output_dir", str(big / "out"), "--max_memory", "64MB"]  # fmt: skip
     assert grown(*words) < 64_000_000 + BESIDE
+
+
+def test_one_of_many_interleaved_matrices_is_read_in_pieces(tmp_path: Path) -> None:
+    """A factor too large to be kept apart (64 MiB, or a quarter of the cap) was read whole, by each thread."""
+    from inlay.checkpoints import spans
+    from inlay.dtypes import F32
+    from inlay.plan.types import Part
+
+    out, rank, experts = 4096, 4, 64
+    values = np.arange(out * rank * experts, dtype="<f4")
+    (tmp_path / "b").write_bytes(values.tobytes())
+    ref = spans.TensorRef("base", "b", "b", F32, (out, rank * experts), 0)
+    part = Part(ref, (out, rank), 5, (rank * experts, experts))
+    largest = 0
+
+    class Reader(spans.SpanReader):
+        def into(self, ref: spans.TensorRef, offset: int, out: np.ndarray) -> None:
+            nonlocal largest
+            largest = max(largest, out.nbytes)
+            super().into(ref, offset, out)
+
+    wanted = values.reshape(out, rank, experts)[:, :, 5]
+    with Reader({"base": tmp_path}, cache_bytes=0) as reader:
+        for view in (part, part.turned, part.rows(7, 4001), part.columns(1, 3), part.rows(3, 3)):
+            found = reader.view(view.ref, view.start, view.shape, view.strides)
+            first = (view.start - 5) // experts
+            row, col = divmod(first, rank)
+            turned = view.strides[0] < view.strides[1]
+            shape = view.shape[::-1] if turned else view.shape
+            expected = wanted[row : row + shape[0], col : col + shape[1]]
+            assert np.array_equal(found.T if turned else found, expected)
+    assert largest <= spans.CHUNK_BYTES

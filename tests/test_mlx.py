@@ -117,3 +117,10 @@ def test_a_pair_that_does_not_fit_is_refused(kit: Kit, tmp_path: Path) -> None:
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(PlanError, match="rank 3 in the file, 4 in the config"):
         inlay.make_plan(kit.base("llama"), [tmp_path / "a"])
+
+
+def test_a_rank_beyond_any_number_is_refused(kit: Kit, tmp_path: Path) -> None:
+    base = kit.base("qwen2")
+    make(tmp_path / "a", base, {"fine_tune_type": "lora", "lora_parameters": {"rank": 10**400, "scale": 2.0}})
+    with pytest.raises(AdapterError, match="rank must be a positive integer"):
+        inlay.make_plan(base, [tmp_path / "a"])

@@ -14,7 +14,7 @@ import pytest
 import inlay
 from cases import MODELS, Kit, load_peft, save_adapter, third_party
 from inlay.adapters.peft_config import MERGED_TYPES
-from inlay.errors import AdapterError, PlanError
+from inlay.errors import AdapterError, InputError, PlanError
 from inlay.tuners import dense
 from inlay.tuners.refused import REFUSED_TYPES
 from oracle import correctly_rounded, float64, peft_merged, read, same_bytes
@@ -332,22 +332,6 @@ def test_a_field_that_a_method_does_not_know_is_refused(
         inlay.read_adapter(path)
 
 
-@pytest.mark.parametrize(
-    ("name", "field", "value"),
-    [("oft", "eps", "tiny"), ("vera-drawn", "projection_prng_key", []), ("gralora", "gralora_k", "two")],
-)
-def test_a_field_of_the_wrong_type_is_refused(
-    adapter: Callable[[str], Path], kit: Kit, tmp_path: Path, name: str, field: str, value: Any
-) -> None:
-    path = kit.copy_of(adapter(name), tmp_path)
-    config = json.loads((path / "adapter_config.json").read_text())
-    (path / "adapter_config.json").write_text(
-        json.dumps({**config, "coft": True, field: value} if name == "oft" else {**config, field: value})
-    )
-    with pytest.raises(PlanError, match=field):
-        inlay.make_plan(kit.base("qwen2"), [path])
-
-
 def test_peft_loads_what_the_table_makes(adapter: Callable[[str], Path], kit: Kit) -> None:
     """The oracle's adapters act: their logits differ from the base's."""
     import torch
@@ -357,3 +341,118 @@ def test_peft_loads_what_the_table_makes(adapter: Callable[[str], Path], kit: Ki
         before = MODELS[row.model](model)
         after = MODELS[row.model](load_peft(model, adapter(row.name)))
         assert not torch.allclose(before, after), row.name
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "I8", "BOOL"])
+@pytest.mark.parametrize("name", ["lokr", "oft", "vera", "trainable-tokens"])
+def test_parts_that_are_no_floats_are_refused(
+    kit: Kit, adapter: Callable[[str], Path], name: str, dtype: str, tmp_path: Path
+) -> None:
+    """Read as if they were numbers (F8: eight bytes for each code), they made weights that `verify` passed."""
+    import torch
+    from safetensors.torch import save_file
+
+    kinds = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "BOOL": torch.bool}
+    path = kit.copy_of(adapter(name), tmp_path)
+    file = path / "adapter_model.safetensors"
+    tensors = read(file)
+    first = min(tensors, key=lambda k: (not k.endswith("vera_A"), k))
+    save_file({**tensors, first: tensors[first].to(kinds[dtype])}, file)
+    with pytest.raises(PlanError, match=f"adapter tensors of type {dtype}"):
+        inlay.make_plan(kit.base("qwen2"), [path])
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (16,), (0, 16), (16, 0)])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_base_whose_weight_is_no_matrix_is_merged_around_or_refused(
+    kit: Kit, adapter: Callable[[str], Path], name: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    row = next(r for r in ROWS if r.name == name)
+    base = kit.copy_of(kit.base(row.model), tmp_path)
+    tried = 0
+    for file in sorted(base.glob("*.safetensors")):
+        tensors = read(file)
+        for key in [
+            k for k in tensors if k.endswith(("0.self_attn.q_proj.weight", "0.attn.c_attn.weight", "conv2d.weight"))
+        ]:
+            save_file({**tensors, key: torch.zeros(shape)}, file, {"format": "pt"})
+            tried += 1
+    assert tried
+    try:
+        plan = inlay.make_plan(base, [adapter(name)])
+    except PlanError:
+        return
+    inlay.run_plan(plan, tmp_path / "out")
+    assert inlay.verify(base, [adapter(name)], tmp_path / "out").ok
+
+
+@pytest.mark.parametrize("value", ["x", "", [1], {"a": 1}, 2.5, -1, 10**400, True])
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("fourierft", "random_loc_seed"),
+        ("vera-drawn", "projection_prng_key"),
+        ("gralora", "gralora_k"),
+        ("gralora", "hybrid_r"),
+        ("miss-mini", "mini_r"),
+        ("oft-neumann", "num_cayley_neumann_terms"),
+        ("road", "group_size"),
+        ("vblora-topk", "topk"),
+        ("adalora", "init_r"),
+        ("loha", "r"),
+        ("randlora", "r"),
+    ],
+)
+def test_a_setting_that_is_no_whole_number_is_refused(
+    kit: Kit, adapter: Callable[[str], Path], name: str, field: str, value: Any, tmp_path: Path
+) -> None:
+    path = kit.copy_of(adapter(name), tmp_path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(AdapterError, match=f"{field} must be"):
+        inlay.make_plan(kit.base("qwen2"), [path])
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("fourierft", "scaling", [1.0]),
+        ("fourierft", "scaling", 1e308),
+        ("oft-coft", "eps", "x"),
+        ("oft", "use_cayley_neumann", "no"),
+        ("hra", "apply_GS", "false"),
+        ("deft", "para", 1),
+        ("bdlora-a", "use_bdlora", {"nblocks": "x"}),
+    ],
+)
+def test_a_setting_of_another_type_is_refused(
+    kit: Kit, adapter: Callable[[str], Path], name: str, field: str, value: Any, tmp_path: Path
+) -> None:
+    path = kit.copy_of(adapter(name), tmp_path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(AdapterError, match="must be"):
+        inlay.make_plan(kit.base("qwen2"), [path])
+
+
+@pytest.mark.parametrize("index", [100, -1])
+def test_vectors_outside_of_the_bank_are_refused(
+    kit: Kit, adapter: Callable[[str], Path], index: int, tmp_path: Path
+) -> None:
+    """A negative one counted from the end."""
+    import torch
+    from safetensors.torch import save_file
+
+    path = kit.copy_of(adapter("vblora-topk"), tmp_path)
+    file = path / "adapter_model.safetensors"
+    tensors = read(file)
+    key = next(k for k in tensors if k.endswith("A_topk_indices"))
+    changed = tensors[key].to(torch.int64)
+    changed.view(-1)[0] = index
+    save_file({**tensors, key: changed}, file)
+    with pytest.raises(InputError, match="outside a bank"):
+        inlay.run_plan(inlay.make_plan(kit.base("qwen2"), [path]), tmp_path / "out")
+    assert not [p for p in tmp_path.iterdir() if "out" in p.name]

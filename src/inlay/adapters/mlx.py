@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from inlay.adapters.peft_config import LARGEST, PeftConfig
+from inlay.adapters.peft_config import LARGEST, LARGEST_WHOLE, PeftConfig
 from inlay.adapters.peft_names import FULL, PartName
 from inlay.errors import AdapterError
 
@@ -50,8 +50,8 @@ def parse_mlx_config(raw: Mapping[str, Any], where: Path) -> PeftConfig:
     if unknown:
         raise AdapterError(f"{where}: lora_parameters has {', '.join(unknown)}, which may change the weights")
     rank = parameters.get("rank", 8 if kind == "full" else None)
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise AdapterError(f"{where}: lora_parameters.rank must be a positive integer, found {rank!r}")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank < LARGEST_WHOLE:
+        raise AdapterError(f"{where}: lora_parameters.rank must be a positive integer, found {rank!r:.80}")
     scale = _number(parameters, "scale", where)
     alpha = _number(parameters, "alpha", where)
     if scale is None and alpha is None and kind != "full":

@@ -23,6 +23,21 @@ from inlay.tuners.refused import REFUSED_TYPES
 PATTERN_SECONDS = 1.0  # for all names of an adapter together; real patterns take microseconds
 SLOW_MATCH_SECONDS = 0.005
 LARGEST = 1e100  # of a number in a config
+LARGEST_WHOLE = 1 << 31  # of a rank, a seed, a count
+# Types of the fields that single methods have; those that are names are checked where they are used.
+OWN_WHOLE = (
+    "gralora_k",
+    "group_size",
+    "hybrid_r",
+    "init_r",
+    "mini_r",
+    "num_cayley_neumann_terms",
+    "projection_prng_key",
+    "random_loc_seed",
+    "topk",
+)
+OWN_NUMBERS = ("eps", "scaling")
+OWN_FLAGS = ("apply_GS", "block_share", "coft", "para", "use_cayley_neumann")
 
 # Of no effect on the merged weight: they steer training, loading or placement, or say which modules
 # to adapt, which the tensors of the file say themselves.
@@ -185,6 +200,7 @@ def parse_peft_config(raw: Mapping[str, Any], where: Path) -> PeftConfig:
     if reasons:
         raise AdapterError(f"{where}: cannot be merged (nothing was written)\n  " + "\n  ".join(reasons))
     field = _Fields(raw, where)
+    _check_own(field, kind)
     return PeftConfig(
         raw=raw,
         r=field.positive("r", 8) if raw.get("r") != 0 or kind != "OFT" else 1,  # OFT gives a block size instead
@@ -208,6 +224,21 @@ def parse_peft_config(raw: Mapping[str, Any], where: Path) -> PeftConfig:
         variant=_variant(raw) if kind == "LORA" else None,
         target_parameters=tuple(dict.fromkeys(field.names("target_parameters"))),
     )
+
+
+def _check_own(field: _Fields, kind: str) -> None:
+    """Types of the fields that this method alone has."""
+    blocks = field.raw.get("use_bdlora")
+    if kind == "LORA" and isinstance(blocks, dict):
+        _Fields(blocks, field.where).whole("nblocks")
+    file = _file(kind)
+    for name in sorted(file.FIELDS) if file else ():
+        if name in OWN_WHOLE:
+            field.whole(name)
+        elif name in OWN_NUMBERS:
+            field.number(name, 0.0)
+        elif name in OWN_FLAGS:
+            field.flag(name)
 
 
 def _rank_pattern(field: _Fields, kind: str) -> dict[str, int]:
@@ -308,9 +339,16 @@ class _Fields:
         return float(value)
 
     def as_rank(self, value: Any, name: str) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < LARGEST_WHOLE:
             raise self._fail(name, "a positive integer", value)
         return value
+
+    def whole(self, name: str) -> None:
+        value = self.raw.get(name)
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < LARGEST_WHOLE
+        ):
+            raise self._fail(name, "a whole number", value)
 
     def number(self, name: str, default: float) -> float:
         value = self.raw.get(name)

@@ -16,6 +16,7 @@ from inlay.dtypes import Array, DType
 
 BASE = "base"
 INTERLEAVED_BYTES = 1 << 26
+CHUNK_BYTES = 1 << 20  # of interleaved matrices that are not kept: they are read in pieces
 
 
 def adapter_root(position: int) -> str:
@@ -142,9 +143,15 @@ class SpanReader:
             first, which = divmod(start, count)
             return self._apart(ref, count)[which, first : first + rows * cols].reshape(shape)
         raw = np.dtype(ref.dtype.raw)
-        span = np.empty((rows - 1) * strides[0] + (cols - 1) * count + 1, raw)
-        self.into(ref, start * raw.itemsize, span)
-        return np.lib.stride_tricks.as_strided(span, shape, [n * raw.itemsize for n in strides]).copy()
+        block = np.empty(shape, raw)
+        step = max(1, CHUNK_BYTES // (strides[0] * raw.itemsize))
+        for at in range(0, rows if cols else 0, step):
+            few = min(step, rows - at)
+            span = np.empty((few - 1) * strides[0] + (cols - 1) * count + 1, raw)
+            self.into(ref, (start + at * strides[0]) * raw.itemsize, span)
+            steps = [n * raw.itemsize for n in strides]
+            block[at : at + few] = np.lib.stride_tricks.as_strided(span, (few, cols), steps)
+        return block
 
     def _apart(self, ref: TensorRef, count: int) -> Array:
         """The interleaved matrices one after the other, (count, elements of one); the last few are kept."""

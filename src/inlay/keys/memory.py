@@ -193,8 +193,9 @@ def _convert(
         return
     unknown = [operation for operation in operations if operation not in ROW_OPERATIONS]
     columns = {shapes[key][1:] for key in keys}
-    if unknown or len(columns) != 1 or any(len(shapes[key]) > 2 for key in keys):
-        what = ", ".join(unknown) or "tensors of different widths"
+    odd = any(len(shapes[key]) not in (1, 2) or 0 in shapes[key] for key in keys)
+    if unknown or len(columns) != 1 or odd:
+        what = ", ".join(unknown) or "tensors of different widths, or without elements"
         refused.update(dict.fromkeys(_targets(name, converter, memory), f"transformers converts it by {what}"))
         return
     try:

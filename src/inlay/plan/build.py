@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from inlay.adapters.adapter import CONFIG, Adapter, read_adapter
@@ -204,15 +205,16 @@ class _Planner:
         if draft.patches:
             shape = self._grown(key, shape, draft)
         entry = Entry(key, dtype, shape, source, tuple(draft.patches), tuple(draft.steps), _leading(draft, shape))
-        self._check_pieces(entry)
-        return entry
+        return entry if self._pieces_fit(entry) else replace(entry, steps=())  # its cost cannot be told either
 
-    def _check_pieces(self, entry: Entry) -> None:
+    def _pieces_fit(self, entry: Entry) -> bool:
         """What changes single modules of a fused tensor does not go together with what needs all of it."""
         if cuts_norms(entry) or (entry.patches and len(pieces(entry)) > 1):
             names = ", ".join(sorted({self.adapters[step.adapter].name for step in entry.steps}))
             what = f"{names} change it as a whole and in part, which cannot be done in one go; merge them in turn"
             self.problems.append(Problem(entry.key, what))
+            return False
+        return True
 
     def _check_steps(self, key: str, source: TensorRef, draft: Draft) -> None:
         """A step was fitted to the base, or to its adapter's own copy; another adapter's copy may be longer."""

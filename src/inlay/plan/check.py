@@ -109,7 +109,7 @@ def vocabulary(base: Checkpoint, entries: Mapping[str, Entry], problems: list[Pr
     """The new number of rows of embedding and head, if an adapter changes it; both must agree."""
     sizes = {}
     for key, entry in entries.items():
-        if key in families.HEADS or families.is_embedding(key.removesuffix(".weight")):
+        if entry.shape and (key in families.HEADS or families.is_embedding(key.removesuffix(".weight"))):
             before = base.tensors[key][1].shape if key in base.tensors else entry.source.shape
             sizes[key] = (before[0], entry.shape[0])
     vocab_size = families.text_config(base.config)[1].get("vocab_size")

@@ -46,10 +46,15 @@ class _Pairs(Placer):
         if not self.config.target_parameters:
             return modules
         done = {m for m, wrappers in experts.wrapped(modules).items() if experts.place(self, m, wrappers)}
+        for name, parts in modules.items():
+            if experts.plain_module(name) in done and "lora_A" not in parts:
+                self.problem(name, f"has {', '.join(sorted(parts))} and no lora_A; parameters take pairs")
         return {name: parts for name, parts in modules.items() if experts.plain_module(name) not in done}
 
     def module(self, module: str, parts: Mapping[str, TensorInfo]) -> None:
         """Place the parts of one module."""
+        if not self.parts_are_numbers(module, parts):
+            return
         if "token_rows" in parts:
             self._token_rows(module, parts["token_rows"])
         names = {name for name in parts if name != "token_rows"}
@@ -63,9 +68,6 @@ class _Pairs(Placer):
         if pair is None or extra:
             missing = sorted((next((p for p in PAIRS if p & names), PAIRS[0])) - names)
             self.problem(module, f"incomplete: has {', '.join(sorted(names))}, lacks {', '.join(missing) or 'nothing'}")
-            return
-        if not all(parts[name].dtype.mergeable for name in names):
-            self.problem(module, f"adapter tensors of type {', '.join(sorted({parts[n].dtype.name for n in names}))}")
             return
         slices = self._fused(module)
         if slices:

@@ -32,10 +32,11 @@ def estimate(shards: Sequence[ShardPlan], max_memory: int, problems: list[Proble
     entries = [entry for shard in shards for entry in shard.entries]
     computed = [e for e in entries if not e.copied]
     refs = {ref for e in computed for ref in _adapter_refs(e)}
+    cache = memory.factor_cache(shards, max_memory)
     peaks = [0]
     for entry in computed:
         try:
-            peaks.append(memory.peak(entry, by_kernel(entry), threads(), max_memory))
+            peaks.append(memory.peak(entry, by_kernel(entry), threads(), max_memory - cache))
         except ValueError as error:
             problems.append(
                 Problem(
@@ -51,7 +52,7 @@ def estimate(shards: Sequence[ShardPlan], max_memory: int, problems: list[Proble
         written=sum(e.nbytes for e in entries),
         touched_parameters=sum(e.count for e in floats if e.touched),
         parameters=sum(e.count for e in floats),
-        memory=max(peaks),
+        memory=cache + max(peaks),
     )
 
 

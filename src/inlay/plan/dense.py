@@ -25,13 +25,13 @@ def place(placer: Placer, module: str, parts: Mapping[str, TensorInfo]) -> None:
         why = f"; {file.MISSING}" if hasattr(file, "MISSING") and set(missing) <= set(file.SHARED) else ""
         placer.problem(module, f"incomplete: has {', '.join(sorted(parts))}, lacks {', '.join(missing)}{why}")
         return
+    if not placer.parts_are_numbers(module, parts):  # those that all modules share too
+        return
     key = placer.weight_key(module)
     if key is None or not placer.target_is_float(module, key):
         return
-    rank = placer.config.rank(module)
-    settings = _settings(placer, module, file, rank)
-    if settings is None:
-        return
+    rank, alpha = placer.config.rank(module), placer.config.alpha(module)
+    settings = file.settings(placer.config.raw, rank, alpha if placer.config.has_alpha else None)
     if draw:
         settings["largest"] = _largest(placer)
     shapes = {k: t.shape for k, t in parts.items()}
@@ -51,20 +51,6 @@ def place(placer: Placer, module: str, parts: Mapping[str, TensorInfo]) -> None:
     _bias(placer, module, Dense(position, name, refs, settings, logical, bias=True), file, shapes)
 
 
-def _settings(placer: Placer, module: str, file: ModuleType, rank: int) -> dict[str, Any] | None:
-    """What the config says for this module; None, and a problem, where a field is of the wrong type."""
-    alpha = placer.config.alpha(module) if placer.config.has_alpha else None
-    try:
-        settings: dict[str, Any] = file.settings(placer.config.raw, rank, alpha)
-    except (TypeError, ValueError, AttributeError) as error:  # int("x"), float([]): fields are read as they are used
-        fields = {
-            name: placer.config.raw[name] for name in sorted(getattr(file, "FIELDS", ())) if name in placer.config.raw
-        }
-        placer.problem(module, f"a field of its config is malformed ({error}): {fields!r:.200}")
-        return None
-    return settings
-
-
 def _left_out(placer: Placer) -> bool:
     """Whether the config says that what all modules share is not in the file."""
     return placer.config.raw.get("save_projection") is False
@@ -75,11 +61,11 @@ def _largest(placer: Placer) -> list[int]:
     sizes = []
     for module in placer.adapter.parts:
         key = placer.names.key(module + ".weight")
-        if key in placer.base.tensors:
+        if key in placer.base.tensors and len(placer.base.tensors[key][1].shape) > 1:
             out, *inputs = placer.base.tensors[key][1].shape
             turned = families.stored_transposed(placer.model_type, module)
             sizes.append((inputs[0], out) if turned else (out, math.prod(inputs)))
-    return [max(out for out, _ in sizes), max(in_ for _, in_ in sizes)]
+    return [max((out for out, _ in sizes), default=0), max((in_ for _, in_ in sizes), default=0)]
 
 
 def _bias(placer: Placer, module: str, step: Dense, file: ModuleType, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -98,6 +84,9 @@ def _transposed(
     shape: tuple[int, ...],
 ) -> bool | None:  # fmt: skip
     """Whether the weight is stored (in, out); None, and a problem, where the parts fit neither way."""
+    if len(shape) < 2 or 0 in shape:
+        placer.problem(module, f"the base stores {shape}, which is no matrix")
+        return None
     declared = families.stored_transposed(placer.model_type, module)
     plain = file.check(shapes, settings, shape)
     turned = file.check(shapes, settings, shape[::-1]) if len(shape) == 2 else "no matrix"

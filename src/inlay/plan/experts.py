@@ -86,6 +86,8 @@ def _place_parameter(
     if set(parts) != {"lora_A", "lora_B"}:
         placer.problem(name, f"has {', '.join(sorted(parts))}; a parameter takes lora_A and lora_B and nothing else")
         return
+    if not placer.parts_are_numbers(name, parts) or not placer.magnitude_fits(name, None, 0):
+        return
     slices = layout.slices.get(name, ())
     if not slices:
         placer.problem(name, placer.names.why_not(name))

@@ -6,10 +6,12 @@ of the tensor at hand. It does not depend on the size of a tensor, a shard or a 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from inlay.checkpoints.spans import INTERLEAVED_BYTES
 from inlay.plan.pieces import pieces
-from inlay.plan.types import Dense, Entry
+from inlay.plan.types import Dense, Entry, ShardPlan
 from inlay.tuners.dense import needs_whole
 
 DEFAULT_MAX_MEMORY = 1 << 30
@@ -53,6 +55,18 @@ def tile(entry: Entry, kernel: bool) -> Tiling:
         block = FLOAT64_TILE_BYTES
     count = rows if whole(entry) else max(1, min(rows, block // max(1, per_row)))
     return Tiling(count, shared, count * per_row)
+
+
+def factor_cache(shards: Iterable[ShardPlan], max_memory: int) -> int:
+    """Bytes of the cap that are set aside for interleaved factors (LoRA on stacks of experts), where there are any."""
+    interleaved = any(_interleaved(entry) for shard in shards for entry in shard.entries)
+    return min(INTERLEAVED_BYTES, max_memory // 4) if interleaved else 0
+
+
+def _interleaved(entry: Entry) -> bool:
+    """Whether a factor's elements stand between those of others."""
+    parts = [part for step in entry.low_rank for part in (step.left, step.right) if part]
+    return any(min(part.strides) > 1 for part in parts)
 
 
 def fit(entry: Entry, kernel: bool, threads: int, max_memory: int) -> tuple[Tiling, int]:

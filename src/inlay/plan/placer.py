@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from inlay.adapters.adapter import Adapter
@@ -95,6 +96,17 @@ class Placer:
             return True
         self.problem(module, f"the base stores {key} as {dtype.name} codes, which cannot be added to")
         return False
+
+    def parts_are_numbers(self, module: str, parts: Mapping[str, TensorInfo]) -> bool:
+        """Whether the parts are floats of 16 bits and more; indices may be whole numbers."""
+        wrong = {
+            t.dtype.name
+            for name, t in parts.items()
+            if not (t.dtype.mergeable or (t.dtype.kind == "int" and name.endswith("_indices")))
+        }
+        if wrong:
+            self.problem(module, f"adapter tensors of type {', '.join(sorted(wrong))}")
+        return not wrong
 
     def rank_agrees(self, module: str, rank: int) -> bool:
         if rank == self.config.rank(module):

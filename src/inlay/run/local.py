@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from inlay.checkpoints.header import read_header
-from inlay.checkpoints.spans import BASE, INTERLEAVED_BYTES, SpanReader, TensorRef
+from inlay.checkpoints.spans import BASE, SpanReader, TensorRef
 from inlay.errors import InputError
 from inlay.output.copying import clone
 from inlay.output.staging import Staging
 from inlay.plan.cost import by_kernel, threads
-from inlay.plan.memory import fit
+from inlay.plan.memory import factor_cache, fit
 from inlay.plan.types import Entry, Plan, ShardPlan
 from inlay.records.fingerprint import tensor_digest
 from inlay.run.merge import Device
@@ -40,8 +40,7 @@ class LocalExecutor:
 
     def __init__(self, plan: Plan, max_memory: int, workers: int | None = None, device: Device = None) -> None:
         self.plan = plan
-        interleaved = any(_interleaved(e) for shard in plan.shards for e in shard.entries)
-        self.cache_bytes = min(INTERLEAVED_BYTES, max_memory // 4) if interleaved else 0
+        self.cache_bytes = factor_cache(plan.shards, max_memory)
         self.max_memory = max_memory - self.cache_bytes
         self.workers = workers or threads() + 1  # one more than processors, since one of them is writing
         self.device = device
@@ -152,12 +151,6 @@ class LocalExecutor:
                 f"{adapter} was trained on another base: {key} has other values (recorded {wanted}, here {found}). "
                 "Give the base it was trained on with --model. Nothing was written"
             )
-
-
-def _interleaved(entry: Entry) -> bool:
-    """Whether a factor's elements stand between those of others."""
-    parts = [part for step in entry.low_rank for part in (step.left, step.right) if part]
-    return any(min(part.strides) > 1 for part in parts)
 
 
 class _Queue:

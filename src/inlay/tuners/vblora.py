@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from inlay.dtypes import F64Array
+from inlay.errors import InputError
 
 PEFT_TYPE = "VBLORA"
 REQUIRED = ()
@@ -99,8 +100,11 @@ def _largest(logits: F64Array, topk: int) -> tuple[F64Array, IntArray]:
 
 def _stored(parts: Mapping[str, F64Array], part: str) -> tuple[F64Array, IntArray]:
     weights = parts[part + "_topk_weights"]
+    indices, vectors = parts[part + "_topk_indices"].astype(np.int64), len(parts["vblora_vector_bank"])
+    if indices.size and (indices.min() < 0 or indices.max() >= vectors):
+        raise InputError(f"{part}_topk_indices up to {indices.max()} point outside a bank of {vectors} vectors")
     rest = 1 - weights.sum(axis=-1, keepdims=True)
-    return np.concatenate([weights, rest], axis=-1), parts[part + "_topk_indices"].astype(np.int64)
+    return np.concatenate([weights, rest], axis=-1), indices
 
 
 def delta(
