@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import families  # noqa: F401  (its models)
 import inlay
 from cases import Kit
 from inlay.errors import AdapterError, PlanError
@@ -124,3 +125,44 @@ def test_a_rank_beyond_any_number_is_refused(kit: Kit, tmp_path: Path) -> None:
     make(tmp_path / "a", base, {"fine_tune_type": "lora", "lora_parameters": {"rank": 10**400, "scale": 2.0}})
     with pytest.raises(AdapterError, match="rank must be a positive integer"):
         inlay.make_plan(base, [tmp_path / "a"])
+
+
+def test_pairs_of_a_full_fine_tune_are_refused(kit: Kit, tmp_path: Path) -> None:
+    """mlx-lm loads none of them; they were merged with strength 0."""
+    base = kit.base("qwen2")
+    make(tmp_path / "a", base, {"fine_tune_type": "full", "lora_parameters": {"rank": 3}})
+    with pytest.raises(AdapterError, match="holds pairs"):
+        inlay.make_plan(base, [tmp_path / "a"])
+
+
+def test_a_pair_on_an_embedding_is_refused(kit: Kit, tmp_path: Path) -> None:
+    """lora_a is (vocabulary, r): where the vocabulary is as wide as the model it was merged transposed."""
+    base, path = kit.copy_of(kit.base("qwen2"), tmp_path), tmp_path / "a"
+    make(path, base, {"fine_tune_type": "lora", "lora_parameters": {"rank": 3, "scale": 2.0}})
+    for file in base.glob("*.safetensors"):
+        tensors = read(file)
+        for key in [k for k in tensors if k in ("model.embed_tokens.weight", "lm_head.weight")]:
+            save_file({**tensors, key: tensors[key][:16].clone()}, file, {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "vocab_size": 16}))
+    pair = {"model.embed_tokens.lora_a": torch.ones(16, 3), "model.embed_tokens.lora_b": torch.ones(3, 16)}
+    save_file(pair, path / "adapters.safetensors")
+    with pytest.raises(PlanError, match="on an embedding"):
+        inlay.make_plan(base, [path])
+
+
+def test_a_pair_on_a_module_of_a_fused_tensor_lies_as_any_other(kit: Kit, tmp_path: Path) -> None:
+    base, path, rank = kit.base("nomicbert"), tmp_path / "a", 16  # as wide as the layer: the shapes do not tell
+    generator = torch.Generator().manual_seed(3)
+    name = "layers.0.self_attn.v_proj"
+    a, b = (torch.randn(16, 16, generator=generator) for _ in range(2))
+    path.mkdir()
+    save_file({name + ".lora_a": a, name + ".lora_b": b}, path / "adapters.safetensors")
+    config = {"fine_tune_type": "lora", "lora_parameters": {"rank": rank, "scale": 1.0}}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    inlay.run_plan(inlay.make_plan(base, [path]), tmp_path / "out")
+    key = "encoder.layers.0.attn.Wqkv.weight"
+    weight, merged = float64(read(base)[key]), float64(read(tmp_path / "out")[key])
+    exact = weight.copy()
+    exact[32:] += (float64(a) @ float64(b)).T
+    assert correctly_rounded(merged, exact, reach(exact, weight), "F32").all()

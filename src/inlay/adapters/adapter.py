@@ -88,6 +88,8 @@ def read_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
     weights_file, tensors = _read_weights(directory, (MLX_WEIGHTS,) if from_mlx else WEIGHTS)
     parse = parse_mlx_name if from_mlx else _parser(config)
     parts, full, unused = _sort(tensors, directory / weights_file, parse)
+    if from_mlx and parts and raw.get("fine_tune_type") == "full":
+        raise AdapterError(f"{directory / CONFIG}: fine_tune_type is full, and {weights_file} holds pairs for LoRA")
     shared = parts.pop("", {})
     fingerprint = _optional(directory / FINGERPRINT)
     _check_fingerprint(fingerprint, directory / FINGERPRINT)

@@ -148,6 +148,9 @@ class _Pairs(Placer):
 
     def _turned_pair(self, module: str, shape: tuple[int, ...], a: Part, b: Part) -> tuple[Part, Part, int] | None:
         """A and B of MLX, as views in PEFT's orientation; MLX has Linear layers only, stored (out, in)."""
+        if families.is_embedding(module):  # (vocabulary, r) and (r, width): not the transposes of a Linear layer's
+            self.problem(module, "LoRA of MLX on an embedding is not supported")
+            return None
         two = len(a.ref.shape) == len(b.ref.shape) == 2
         if two and a.shape[0] == b.shape[1] > 0 and (b.shape[0], a.shape[1]) == shape:
             return b, a, 1

@@ -20,7 +20,9 @@ def place(placer: Placer, module: str, parts: Mapping[str, TensorInfo], slices: 
         )
         return
     a, b = Part.of(placer.ref(parts["lora_A"])), Part.of(placer.ref(parts["lora_B"]))
-    if len(parts["lora_A"].shape) != 2 or a.shape[0] != b.shape[1]:
+    if placer.adapter.turned:
+        a, b = a.turned, b.turned
+    if len(parts["lora_A"].shape) != 2 or len(parts["lora_B"].shape) != 2 or a.shape[0] != b.shape[1]:
         placer.problem(module, f"A {a.ref.shape} and B {b.ref.shape} are not a pair (r, in), (out, r)")
         return
     magnitude = parts.get("magnitude")
