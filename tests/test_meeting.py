@@ -12,6 +12,7 @@ import inlay
 from cases import Kit
 from families import FAMILIES
 from inlay.cli.main import main
+from inlay.errors import InputError
 from inlay.plan.meeting import meet
 from oracle import float64, peft_merged, read
 from test_experts import legacy
@@ -92,3 +93,45 @@ def test_plan_and_inspect_show_it(kit: Kit, capsys: pytest.CaptureFixture[str]) 
     assert json.loads(capsys.readouterr().out)["meeting"][0]["relative"]
     assert main(["inspect", str(a), str(b)]) == 2
     assert "--model" in capsys.readouterr().err
+
+
+def test_what_is_no_number_is_null_in_json(kit: Kit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A base with NaN in it made JSON that no other reader takes."""
+    from safetensors.torch import save_file
+
+    base = kit.copy_of(kit.base("qwen2"), tmp_path)
+    for file in base.glob("*.safetensors"):
+        tensors = read(file)
+        for key in [k for k in tensors if k.endswith("0.self_attn.q_proj.weight")]:
+            tensors[key][0, 0] = float("nan")
+            save_file(tensors, file, {"format": "pt"})
+    paths = [str(kit.adapter(name)) for name in ("qwen2-plain", "qwen2-rank1")]
+    assert main(["inspect", *paths, "--model", str(base), "--json"]) == 0
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    json.loads(capsys.readouterr().out, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_refused(kit: Kit, weight: float) -> None:
+    with pytest.raises(InputError, match="finite"):
+        inlay.make_plan(kit.base("qwen2"), [kit.adapter("qwen2-plain")], weights=[weight])
+
+
+def test_a_bias_without_elements_is_refused(kit: Kit, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    base, path = kit.copy_of(kit.base("qwen2"), tmp_path), tmp_path / "ia3"
+    key = "model.layers.0.self_attn.q_proj"
+    for file in base.glob("*.safetensors"):
+        tensors = read(file)
+        if key + ".bias" in tensors:
+            save_file({**tensors, key + ".bias": torch.zeros(0)}, file, {"format": "pt"})
+    path.mkdir()
+    save_file({f"base_model.model.{key}.ia3_l": torch.ones(16, 1)}, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "feedforward_modules": []}))
+    with pytest.raises(InputError, match="do not fit together"):
+        inlay.make_plan(base, [path])

@@ -110,6 +110,8 @@ def _check_request(adapters: Sequence[Adapter], weights: Sequence[float] | None,
         return (1.0,) * len(adapters)
     if len(weights) != len(adapters):
         raise InputError(f"{len(weights)} adapter weights for {len(adapters)} adapters; give one each")
+    if not all(math.isfinite(w) for w in weights):
+        raise InputError(f"adapter weights must be finite numbers, found {', '.join(map(str, weights))}")
     return tuple(float(w) for w in weights)
 
 

@@ -44,10 +44,15 @@ class Meeting:
     def to_json(self, names: Sequence[str]) -> dict[str, Any]:
         return {
             "key": self.key,
-            "sizes": {names[i]: size for i, size in self.sizes.items()},
-            "relative": {names[i]: self.relative(i) for i in self.sizes} if self.base else None,
-            "cosines": [[names[i], names[j], c] for (i, j), c in self.cosines.items()],
+            "sizes": {names[i]: _finite(size) for i, size in self.sizes.items()},
+            "relative": {names[i]: _finite(self.relative(i)) for i in self.sizes} if self.base else None,
+            "cosines": [[names[i], names[j], _finite(c)] for (i, j), c in self.cosines.items()],
         }
+
+
+def _finite(value: float | None) -> float | None:
+    """None for what JSON has no number for: of a base with NaN, or sums beyond the range."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def meet(plan: Plan, *, base: bool = False) -> list[Meeting]:

@@ -81,11 +81,11 @@ def fit(entry: Entry, kernel: bool, threads: int, max_memory: int) -> tuple[Tili
         wanted = Tiling(
             max(t.rows for t in tilings),
             max(t.shared for t in tilings) * threads,
-            max(t.rows for t in tilings) * max(-(-t.per_thread // t.rows) for t in tilings),
+            max(t.rows for t in tilings) * max(-(-t.per_thread // max(1, t.rows)) for t in tilings),
         )
     else:
         wanted = tile(entry, kernel)
-    per_row = -(-wanted.per_thread // wanted.rows)
+    per_row = max(1, -(-wanted.per_thread // max(1, wanted.rows)))  # of a tensor without elements too
     least = wanted.rows if whole(entry) else 1
     if wanted.shared + least * per_row > max_memory:
         if len(parts) > 1 and threads > 1:

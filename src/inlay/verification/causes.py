@@ -67,7 +67,7 @@ def _wrong_scaling(base: F64Array, deltas: Sequence[tuple[Step, F64Array]]) -> I
     larger = sum((delta * math.sqrt(step.rank) for step, delta in deltas), np.zeros_like(base))
     yield "scaled with alpha/r instead of alpha/√r (rsLoRA ignored)", base + smaller
     yield "scaled with alpha/√r instead of alpha/r", base + larger
-    if any(step.scaling != 1 for step, _ in deltas):
+    if any(step.scaling != 1 for step, _ in deltas) and all(step.scaling for step, _ in deltas):
         yield "the scaling left out", base + sum((d / step.scaling for step, d in deltas), np.zeros_like(base))
 
 
