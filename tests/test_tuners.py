@@ -332,6 +332,17 @@ def test_a_field_that_a_method_does_not_know_is_refused(
         inlay.read_adapter(path)
 
 
+def test_inspect_claims_no_rank_and_no_scaling_for_methods_without(adapter: Callable[[str], Path]) -> None:
+    from inlay.cli.inspect import inspect_path
+
+    facts = inspect_path(adapter("oft"))
+    assert facts["tuner"] == "oft" and not facts["rank"] and not facts["alpha"] and not facts["scaling"]
+    facts = inspect_path(adapter("loha-patterns"))
+    assert facts["rank"] == [2, 3] and facts["alpha"] == [6.0, 9.0] and not facts["scaling"]
+    facts = inspect_path(adapter("pissa"))
+    assert facts["tuner"] == "pissa" and facts["rank"] == [3] and facts["scaling"] == [2.0]
+
+
 def test_peft_loads_what_the_table_makes(adapter: Callable[[str], Path], kit: Kit) -> None:
     """The oracle's adapters act: their logits differ from the base's."""
     import torch

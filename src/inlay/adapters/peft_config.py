@@ -115,6 +115,11 @@ class PeftConfig:
         """Whether the config has an alpha at all; some methods know none."""
         return any(self.raw.get(name) is not None for name in ALPHA)
 
+    @property
+    def has_rank(self) -> bool:
+        """Whether the config gives a rank; some methods count blocks or frequencies instead."""
+        return self.peft_type == "LORA" or bool(self.raw.get("r"))
+
     def rank(self, module: str) -> int:
         """Rank that the config gives to `module` (its in-memory name)."""
         return int(self._patterns.value(self.rank_pattern, module, self.r))

@@ -74,13 +74,14 @@ def inspect_path(path: Path, base: Checkpoint | None = None) -> dict[str, Any]:
 def _adapter_facts(adapter: Adapter, base: Checkpoint | None) -> dict[str, Any]:
     config = adapter.config
     targets = Counter(module.rpartition(".")[2] for module in adapter.parts)
+    is_lora = config.peft_type == "LORA"
     facts: dict[str, Any] = {
         "kind": "adapter",
         "path": str(adapter.path),
         "tuner": config.tuner,
-        "rank": sorted({config.rank(m) for m in adapter.parts}),
-        "alpha": sorted({config.alpha(m) for m in adapter.parts}),
-        "scaling": sorted({config.scaling(m) for m in adapter.parts}),
+        "rank": sorted({config.rank(m) for m in adapter.parts if config.has_rank}),
+        "alpha": sorted({config.alpha(m) for m in adapter.parts if is_lora or config.has_alpha}),
+        "scaling": sorted({config.scaling(m) for m in adapter.parts if is_lora}),
         "rslora": config.use_rslora,
         "targets": dict(sorted(targets.items())),
         "full_copies": sorted(adapter.full),

@@ -45,7 +45,8 @@ def place(placer: Placer, module: str, parts: Mapping[str, TensorInfo]) -> None:
     if getattr(file, "CHANGES_WEIGHT", True):
         step = Dense(position, name, refs, settings, logical, transposed, weight=weight if file.ADDITIVE else 1.0)
         placer.found.steps.setdefault(key, []).append(step)
-    placer.found.ranks.add(rank)
+    if placer.config.has_rank:
+        placer.found.ranks.add(rank)
     if isinstance(settings.get("scaling"), float):
         placer.found.scalings.add(settings["scaling"])
     _bias(placer, module, Dense(position, name, refs, settings, logical, bias=True), file, shapes)
