@@ -343,6 +343,19 @@ def test_inspect_claims_no_rank_and_no_scaling_for_methods_without(adapter: Call
     assert facts["tuner"] == "pissa" and facts["rank"] == [3] and facts["scaling"] == [2.0]
 
 
+@pytest.mark.parametrize("name", ["shira", "randlora"])
+def test_parts_that_fit_both_ways_are_not_placed_by_a_guess(
+    adapter: Callable[[str], Path], kit: Kit, tmp_path: Path, name: str
+) -> None:
+    """Their shapes do not tell (out, in) from (in, out), not even where the weight is not square."""
+    path = kit.copy_of(adapter(name), tmp_path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": True}))
+    with pytest.raises(PlanError, match="orientation cannot be known") as error:
+        inlay.make_plan(kit.base("qwen2"), [path])
+    assert "down_proj" in {p.where.rpartition(".")[2] for p in error.value.problems}, "that one is not square"
+
+
 def test_peft_loads_what_the_table_makes(adapter: Callable[[str], Path], kit: Kit) -> None:
     """The oracle's adapters act: their logits differ from the base's."""
     import torch

@@ -93,11 +93,12 @@ def _build(config: Mapping[str, Any]) -> Any:
     is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and cls.config_class is not None
     if not is_model or not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return None
+    kept = _kept(config)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.CRITICAL)  # its remarks on the config are not ours to make
     try:
         with torch.device("meta"):
-            return cls(CONFIG_MAPPING[model_type].from_dict(_kept(config)))
+            return cls(CONFIG_MAPPING[model_type].from_dict(kept))
     except Exception as error:  # whatever some class of transformers raises on a config that it does not expect
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = re.sub(r"^\s*\w+Error: ", "", lines[-1])

@@ -99,7 +99,8 @@ def _transposed(
     if plain is not None and turned is not None:
         placer.problem(module, plain)
         return None
-    if plain is None and turned is None and placer.config.fan_in_fan_out and shape[0] == shape[1]:
-        placer.problem(module, f"{shape} is square and fan_in_fan_out is set, so its orientation cannot be known")
+    if plain is None and turned is None and placer.config.fan_in_fan_out:
+        what = f"fits {shape} both ways and fan_in_fan_out is set, so its orientation cannot be known; set it to what "
+        placer.problem(module, what + "the layer type is (true for Conv1D only) and give config.json its model_type")
         return None
     return plain is not None

@@ -20,9 +20,7 @@ WHOLE = True
 ADDITIVE = False
 
 
-def settings(raw: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str, Any]:
-    """Rank and scaling."""
-    return {"rank": rank, "scaling": variants.scaling(raw, rank, alpha)}
+settings = variants.settings
 
 
 def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:

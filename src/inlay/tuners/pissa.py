@@ -24,21 +24,7 @@ WHOLE = True
 ADDITIVE = False
 
 
-def settings(raw: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str, Any]:
-    """Rank and scaling."""
-    return {"rank": rank, "scaling": variants.scaling(raw, rank, alpha)}
-
-
-def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
-    """What does not fit a weight of this shape."""
-    return variants.check_pair(shapes, shape)
-
-
-def prepare(
-    parts: Mapping[str, F64Array], settings: Mapping[str, Any], shape: tuple[int, ...]
-) -> Mapping[str, F64Array]:
-    """The parts as they are."""
-    return parts
+settings, check, prepare = variants.settings, variants.check, variants.prepare
 
 
 def merge(

@@ -1,4 +1,4 @@
-"""What the variants of LoRA share that read the base or store a factor in another form: names, scaling, the pair."""
+"""What the variants of LoRA share: names, scaling, the pair, and the frame of those that decompose the base."""
 
 from __future__ import annotations
 
@@ -30,3 +30,20 @@ def check_pair(shapes: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]) ->
 def product(parts: Mapping[str, F64Array], settings: Mapping[str, Any]) -> F64Array:
     """s B A (out, in)."""
     return np.asarray(settings["scaling"] * (parts["lora_B"] @ parts["lora_A"]))
+
+
+def settings(raw: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str, Any]:
+    """Rank and scaling."""
+    return {"rank": rank, "scaling": scaling(raw, rank, alpha)}
+
+
+def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
+    """What does not fit a weight of this shape."""
+    return check_pair(shapes, shape)
+
+
+def prepare(
+    parts: Mapping[str, F64Array], settings: Mapping[str, Any], shape: tuple[int, ...]
+) -> Mapping[str, F64Array]:
+    """The parts as they are."""
+    return parts
