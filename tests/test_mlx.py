@@ -77,6 +77,25 @@ def test_dora_gives_each_output_its_length(kit: Kit, tmp_path: Path, config: dic
         assert correctly_rounded(float64(merged[module + ".weight"]), exact, reach(exact, weight), "F32").all()
 
 
+@pytest.mark.parametrize("factor", ["lora_b", "all", "none"])
+def test_an_adapter_of_zeros_is_worth_a_warning(kit: Kit, tmp_path: Path, factor: str) -> None:
+    """MLX starts lora_a at random and lora_b at zero, so an untrained adapter has the second at zero only."""
+    base, path = kit.base("qwen2"), tmp_path / "a"
+    given = make(path, base, {"lora_parameters": {"rank": 3, "scale": 2.0}})
+    zeros = {k: 0 * t if factor == "all" or k.endswith(factor) else t for k, t in given.items()}
+    save_file(zeros, path / "adapters.safetensors")
+    warnings = inlay.make_plan(base, [path]).warnings
+    assert warnings == (() if factor == "none" else ("a is zero everywhere: the merged weights equal the base",))
+
+
+def test_a_full_copy_of_zeros_does_not_equal_the_base(kit: Kit, tmp_path: Path) -> None:
+    base, path = kit.base("qwen2"), tmp_path / "a"
+    path.mkdir()
+    save_file({"model.norm.weight": torch.zeros(16)}, path / "adapters.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "full"}))
+    assert not inlay.make_plan(base, [path]).warnings
+
+
 def test_full_fine_tuning_replaces_the_tensors(kit: Kit, tmp_path: Path) -> None:
     base, path = kit.base("qwen2"), tmp_path / "a"
     path.mkdir()

@@ -14,7 +14,8 @@ import pytest
 import inlay
 from cases import MODELS, Kit, load_peft, save_adapter, third_party
 from inlay.adapters.peft_config import MERGED_TYPES
-from inlay.errors import AdapterError, InputError, PlanError
+from inlay.dtypes import DTYPES
+from inlay.errors import AdapterError, PlanError
 from inlay.tuners import dense
 from inlay.tuners.refused import REFUSED_TYPES
 from oracle import correctly_rounded, float64, peft_merged, read, same_bytes
@@ -46,6 +47,8 @@ ROWS = (
     Row("adalora", "AdaLoraConfig", "qwen2", {"target_modules": LINEAR, "init_r": 4, "lora_alpha": 6, "total_step": 10}),
     Row("ia3", "IA3Config", "qwen2", {"target_modules": LINEAR, "feedforward_modules": ["down_proj"]}),
     Row("ia3-conv1d", "IA3Config", "gpt2", {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}),
+    Row("ia3-conv", "IA3Config", "conv", {"target_modules": ["conv2d", "point", "conv3d", "out"], "feedforward_modules": ["point", "conv3d"]}),
+    Row("ia3-conv-pattern", "IA3Config", "conv", {"target_modules": "point|conv2d|conv3d", "feedforward_modules": "conv2d"}),
     Row("loha", "LoHaConfig", "qwen2", {"target_modules": LINEAR, "r": 3, "alpha": 6}),
     Row("loha-patterns", "LoHaConfig", "qwen2", {"target_modules": LINEAR, "r": 3, "alpha": 6, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 9}}),
     Row("loha-conv", "LoHaConfig", "conv", {"target_modules": ["conv2d", "point", "conv1d", "out"], "r": 2, "alpha": 3}),
@@ -71,6 +74,9 @@ ROWS = (
     Row("gralora", "GraloraConfig", "qwen2", {"target_modules": LINEAR, "r": 4, "alpha": 6, "gralora_k": 2}),
     Row("delora", "DeloraConfig", "qwen2", {"target_modules": LINEAR, "r": 3}),
     Row("randlora", "RandLoraConfig", "qwen2", {"target_modules": LINEAR, "r": 4, "randlora_alpha": 6}),
+    Row("randlora-drawn", "RandLoraConfig", "qwen2", {"target_modules": LINEAR, "r": 5, "randlora_alpha": 6, "save_projection": False, "projection_prng_key": 42}, oracle=FLOAT32),
+    Row("randlora-drawn-sparse", "RandLoraConfig", "qwen2", {"target_modules": LINEAR, "r": 4, "randlora_alpha": 6, "save_projection": False, "projection_prng_key": 42, "sparse": True}),
+    Row("randlora-drawn-very-sparse", "RandLoraConfig", "gpt2", {"target_modules": ["c_attn", "mlp.c_proj"], "r": 5, "save_projection": False, "projection_prng_key": 7, "very_sparse": True, "fan_in_fan_out": True}),
     Row("beft", "BeftConfig", "qwen2", {"target_modules": ["v_proj", "k_proj"]}),
     Row("boft", "BOFTConfig", "qwen2", {"target_modules": LINEAR, "boft_block_size": 4}),
     Row("deft", "DeftConfig", "qwen2", {"target_modules": LINEAR, "r": 3}, oracle=FLOAT32),
@@ -84,10 +90,13 @@ ROWS = (
     Row("road", "RoadConfig", "qwen2", {"target_modules": LINEAR, "group_size": 4}),
     Row("pvera", "PveraConfig", "qwen2", {"target_modules": LINEAR, "r": 5}),
     Row("pvera-conv1d", "PveraConfig", "gpt2", {"target_modules": ["c_attn"], "r": 5, "fan_in_fan_out": True}),
+    Row("pvera-drawn", "PveraConfig", "qwen2", {"target_modules": LINEAR, "r": 5, "save_projection": False, "projection_prng_key": 42}),
     Row("glora", "GloraConfig", "qwen2", {"target_modules": LINEAR, "r": 3, "config_C": "none"}),
     Row("glora-vector", "GloraConfig", "qwen2", {"target_modules": LINEAR, "config_A_B": "vector", "config_C": "none", "config_D_E": "vector"}),
     Row("glora-constant", "GloraConfig", "qwen2", {"target_modules": LINEAR, "config_A_B": "constant", "config_C": "none", "config_D_E": "none"}),
     Row("glora-bias", "GloraConfig", "qwen2", {"target_modules": LINEAR, "config_A_B": "none", "config_C": "none"}),
+    Row("glora-coupled", "GloraConfig", "qwen2", {"target_modules": LINEAR, "r": 3}),
+    Row("glora-coupled-vector", "GloraConfig", "qwen2", {"target_modules": LINEAR, "config_A_B": "constant", "config_C": "vector", "config_D_E": "none"}),
     Row("glora-no-bias", "GloraConfig", "qwen2", {"target_modules": LINEAR[3:], "r": 3}),
     Row("supertuning", "SupertuningConfig", "qwen2", {"target_modules": LINEAR, "sparsity": 0.9}),
     Row("supertuning-bottom", "SupertuningConfig", "qwen2", {"target_modules": LINEAR, "sparsity": 0.7, "select_top": False}),
@@ -96,8 +105,15 @@ ROWS = (
     Row("waveft", "WaveFTConfig", "qwen2", {"target_modules": LINEAR, "n_frequency": 20}),
     Row("waveft-db10", "WaveFTConfig", "qwen2", {"target_modules": LINEAR, "n_frequency": 20, "wavelet_family": "db10", "scaling": 3.0, "random_loc_seed": 5}),
     Row("waveft-coif2", "WaveFTConfig", "gpt2", {"target_modules": ["c_attn"], "n_frequency": 20, "wavelet_family": "coif2", "fan_in_fan_out": True}),
+    Row("waveft-coif4", "WaveFTConfig", "qwen2", {"target_modules": LINEAR, "n_frequency": 20, "wavelet_family": "coif4"}),
     Row("waveft-sym5", "WaveFTConfig", "qwen2", {"target_modules": LINEAR, "n_frequency": 20, "wavelet_family": "sym5"}, oracle=PEFTS_DIGITS),
     Row("waveft-direct", "WaveFTConfig", "qwen2", {"target_modules": LINEAR, "n_frequency": 20, "use_idwt": False}),
+    Row("osf", "OSFConfig", "qwen2", {"target_modules": LINEAR}, 0.1, DECOMPOSED32, "F32"),
+    Row("osf-patterns", "OSFConfig", "qwen2", {"target_modules": LINEAR, "effective_rank": 0.25, "rank_pattern": {"q_proj": 3, "up_proj": 15}}, 0.1, DECOMPOSED32, "F32"),
+    Row("peanut", "PeanutConfig", "qwen2", {"target_modules": LINEAR, "r": 3, "scaling": 0.7}),
+    Row("peanut-deep", "PeanutConfig", "qwen2", {"target_modules": LINEAR, "r": 3, "depth": 2, "act_fn": "gelu"}),
+    Row("unilora", "UniLoraConfig", "qwen2", {"target_modules": LINEAR, "r": 3, "theta_d_length": 40, "save_indices": True}),
+    Row("unilora-conv1d", "UniLoraConfig", "gpt2", {"target_modules": ["c_attn", "mlp.c_proj"], "r": 3, "save_indices": True, "fan_in_fan_out": True}),
     Row("pissa", "LoraConfig", "qwen2", {"target_modules": LINEAR, "r": 3, "lora_alpha": 6, "init_lora_weights": "pissa"}, 0.1, DECOMPOSED32, "F32"),
     Row("pissa-rslora", "LoraConfig", "qwen2", {"target_modules": LINEAR, "r": 4, "lora_alpha": 6, "use_rslora": True, "init_lora_weights": "pissa", "rank_pattern": {"q_proj": 1}}, 0.1, DECOMPOSED32, "F32"),
     Row("pissa-conv1d", "LoraConfig", "gpt2", {"target_modules": ["c_attn"], "r": 3, "lora_alpha": 6, "init_lora_weights": "pissa", "fan_in_fan_out": True}, 0.1, DECOMPOSED32, "F32"),
@@ -216,11 +232,13 @@ def test_two_methods_on_one_layer_act_in_turn(kit: Kit, adapter: Callable[[str],
         assert correctly_rounded(float64(merged[module + ".weight"]), exact, error, "F32").all()
 
 
-def test_two_gloras_take_their_shares_of_the_original(kit: Kit, adapter: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["glora", "glora-coupled"])
+def test_two_gloras_take_their_shares_of_the_original(
+    kit: Kit, adapter: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
     """W' = W + W∘A₁ + B₁ + W∘A₂ + B₂, the bias likewise: what the model with both computes."""
     import shutil
 
-    name = next(row.name for row in ROWS if row.config == "GloraConfig")
     base, one = kit.base("qwen2"), adapter(name)
     two = Path(shutil.copytree(one, tmp_path / "two"))
     inlay.run_plan(inlay.make_plan(base, [one, two]), tmp_path / "out")
@@ -271,16 +289,94 @@ def test_vera_without_its_projections_and_without_saying_so_is_refused(
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**31 + 5])
-def test_projections_are_drawn_as_torch_draws_them(seed: int) -> None:
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_projections_are_drawn_as_torch_draws_them(seed: int, dtype: str) -> None:
     import torch
 
     from inlay.tuners.torch_random import uniform
 
     generator = torch.Generator("cpu").manual_seed(seed)
     ours = np.random.RandomState(seed)
-    for shape, bound in (((3, 7), 0.3), ((40, 5), 2.0), ((1, 700), 1e-3)):
-        theirs = torch.empty(shape).uniform_(-bound, bound, generator=generator).numpy()
-        assert np.array_equal(theirs, uniform(ours, shape, -bound, bound))
+    kind = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[dtype]
+    upper = 0
+    for shape, bound in (((3, 7), 0.3), ((40, 500), 2.0), ((1, 700), 1e-3), ((30, 1, 70000), 0.25)):
+        theirs = torch.empty(shape, dtype=kind).uniform_(-bound, bound, generator=generator).float().numpy()
+        drawn = uniform(ours, shape, -bound, bound, DTYPES[dtype])
+        assert np.array_equal(theirs, drawn), shape
+        upper += int((drawn == -bound).sum())
+    assert upper or dtype == "F32", "numbers that round to the upper bound become the lower"
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse"])
+@pytest.mark.parametrize("rank", [7, 64])
+def test_randlora_draws_what_peft_draws(kind: str, rank: int) -> None:
+    """Bit for bit, also where a deviation is of a million numbers."""
+    import peft
+    import torch
+
+    from inlay.tuners import randlora
+
+    network = torch.nn.Sequential(torch.nn.Linear(600, 900), torch.nn.Linear(900, 1700))
+    fields = {"projection_prng_key": 5, "save_projection": False, **({} if kind == "dense" else {kind: True})}
+    with third_party():
+        config = peft.RandLoraConfig(r=rank, target_modules=["0", "1"], **fields)
+        theirs = peft.get_peft_model(network, config, autocast_adapter_dtype=False).base_model
+    settings = {**randlora.settings({**config.to_dict()}, rank, None), "largest": [1700, 900]}
+    ours = randlora._drawn(settings["key"], settings["drawn"], *randlora.drawn_shapes(settings))
+    for name, drawn in zip(("randlora_A", "randlora_B"), ours, strict=True):
+        assert np.array_equal(getattr(theirs, name)["default"].float().numpy(), drawn), name
+
+
+def test_memory_counts_what_is_drawn_again(kit: Kit, adapter: Callable[[str], Path]) -> None:
+    """A (r, 1, 24) and B (24, ⌈24 / r⌉, r), whether they are read or drawn."""
+    from inlay.plan.memory import tile
+
+    for name, rank in (("randlora", 4), ("randlora-drawn", 5)):
+        entry = inlay.make_plan(kit.base("qwen2"), [adapter(name)]).entries["model.layers.1.mlp.up_proj.weight"]
+        count, all_of_them = -(-16 // rank), -(-24 // rank)
+        own = rank * count + count * 16
+        assert tile(entry, kernel=False).shared == 16 * (own + rank * 24 + 24 * all_of_them * rank), name
+
+
+@pytest.mark.parametrize("pattern", ["(point", "((a|aa)+)+b" + "x" * 9, None, 5])
+def test_ia3_on_a_convolution_needs_to_know_what_it_scales(
+    kit: Kit, adapter: Callable[[str], Path], pattern: Any, tmp_path: Path
+) -> None:
+    path = kit.copy_of(adapter("ia3-conv"), tmp_path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, "feedforward_modules": pattern}))
+    with pytest.raises(PlanError, match=r"feedforward_modules|numbers for"):
+        inlay.make_plan(kit.base("conv"), [path])
+
+
+@pytest.mark.parametrize("version", [None, "0.17.1"])
+def test_oft_of_older_peft_is_merged_as_it_was_trained(
+    kit: Kit, adapter: Callable[[str], Path], version: str | None, tmp_path: Path
+) -> None:
+    """I + 2Q + 2Q² + 2Q³ + 2Q⁴; the plan says that PEFT of today would merge another weight."""
+    path = kit.copy_of(adapter("oft-neumann"), tmp_path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, "peft_version": version}))
+    plan = inlay.make_plan(kit.base("qwen2"), [path])
+    assert [n for n in plan.notes if "later versions halve its last term" in n]
+    assert not inlay.make_plan(kit.base("qwen2"), [adapter("oft-neumann")]).notes
+    inlay.run_plan(plan, tmp_path / "out")
+    module = "model.layers.1.mlp.down_proj"
+    weight, blocks = float64(read(kit.base("qwen2"))[module + ".weight"]), []
+    for vector in float64(read(path / "adapter_model.safetensors")[f"base_model.model.{module}.oft_R.weight"]):
+        skew = np.zeros((8, 8))
+        skew[np.triu_indices(8, 1)] = vector
+        skew -= skew.T
+        blocks.append(np.eye(8) + 2 * sum(np.linalg.matrix_power(skew, n) for n in range(1, 5)))
+    exact = np.concatenate([weight[:, 8 * i : 8 * i + 8] @ r.T for i, r in enumerate(blocks)], axis=1)
+    merged = float64(read(tmp_path / "out")[module + ".weight"])
+    assert correctly_rounded(merged, exact, FLOAT64 * float(np.abs(exact).max()), "F32").all()
+
+
+def test_randlora_that_is_drawn_again_says_so(kit: Kit, adapter: Callable[[str], Path]) -> None:
+    for name, said in (("randlora-drawn", 1), ("randlora-drawn-sparse", 0), ("randlora", 0)):
+        notes = inlay.make_plan(kit.base("qwen2"), [adapter(name)]).notes
+        assert len([n for n in notes if "drawn again in bfloat16" in n]) == said, name
 
 
 def test_oft_on_a_large_kernel_is_refused(kit: Kit, tmp_path: Path) -> None:
@@ -462,21 +558,34 @@ def test_a_setting_of_another_type_is_refused(
         inlay.make_plan(kit.base("qwen2"), [path])
 
 
-@pytest.mark.parametrize("index", [100, -1])
-def test_vectors_outside_of_the_bank_are_refused(
-    kit: Kit, adapter: Callable[[str], Path], index: int, tmp_path: Path
+@pytest.mark.parametrize("index", [100_000, -1, 0.5, float("nan")])
+@pytest.mark.parametrize("name", ["vblora-topk", "shira", "supertuning", "unilora"])
+def test_places_outside_are_a_problem_of_the_plan(
+    kit: Kit,
+    adapter: Callable[[str], Path],
+    name: str,
+    index: float,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A negative one counted from the end."""
+    """A negative one counted from the end, a fraction was cut off, and the others stopped a run that had begun."""
     import torch
     from safetensors.torch import save_file
 
-    path = kit.copy_of(adapter("vblora-topk"), tmp_path)
+    from inlay.cli.main import main
+
+    base, path, out = kit.base("qwen2"), kit.copy_of(adapter(name), tmp_path), tmp_path / "out"
     file = path / "adapter_model.safetensors"
     tensors = read(file)
-    key = next(k for k in tensors if k.endswith("A_topk_indices"))
-    changed = tensors[key].to(torch.int64)
+    key = next(k for k in tensors if "_indices" in k)
+    changed = tensors[key].to(torch.int64 if index == int(np.nan_to_num(index)) else torch.float32)
     changed.view(-1)[0] = index
     save_file({**tensors, key: changed}, file)
-    with pytest.raises(InputError, match="outside a bank"):
-        inlay.run_plan(inlay.make_plan(kit.base("qwen2"), [path]), tmp_path / "out")
+    with pytest.raises(PlanError, match="point outside") as error:
+        inlay.make_plan(base, [path])
+    assert len([p for p in error.value.problems if "outside" in p.what]) == 1
+    assert (
+        main(["export", "--model", str(base), "--adapters", str(path), "--merge_lora", "--output_dir", str(out)]) == 2
+    )
+    assert "point outside" in capsys.readouterr().err
     assert not [p for p in tmp_path.iterdir() if "out" in p.name]

@@ -51,9 +51,12 @@ class Case:
 
 BOTH = ("wide", "plain")
 CONVS = ("conv2d", "point", "conv1d", "conv3d")
+IA3_CONVS = ("conv2d", "point", "conv3d", "grouped")
 CASES = (
     Case("ia3", "ia3", "IA3Config", (*BOTH, "turned"), {"feedforward_modules": []}),
     Case("ia3-feedforward", "ia3", "IA3Config", (*BOTH, "turned"), {"feedforward_modules": ["wide", "turned"]}),
+    Case("ia3-conv", "ia3", "IA3Config", IA3_CONVS, {"feedforward_modules": []}),
+    Case("ia3-conv-inputs", "ia3", "IA3Config", IA3_CONVS, {"feedforward_modules": list(IA3_CONVS)}),
     Case("oft", "oft", "OFTConfig", ("wide", "table", "point"), {"oft_block_size": 4, "use_cayley_neumann": False}),
     *(
         Case(f"oft-neumann-{n}", "oft", "OFTConfig", ("wide", "table"), {"oft_block_size": 4, "num_cayley_neumann_terms": n})
@@ -113,6 +116,7 @@ def layers() -> Any:
             self.point = nn.Conv2d(12, 10, 1)
             self.conv1d = nn.Conv1d(4, 5, 3)
             self.conv3d = nn.Conv3d(2, 4, (2, 1, 3))
+            self.grouped = nn.Conv2d(9, 6, (1, 2), groups=3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x
@@ -189,6 +193,8 @@ def tensors_of(model: Any) -> dict[str, F64Array]:
 def settings_of(case: Case, path: Path) -> dict[str, Any]:
     raw = json.loads((path / "adapter_config.json").read_text())
     settings = case.file.settings(raw, raw.get("r") or 1, raw.get("alpha"))
+    if hasattr(case.file, "LISTED_IN"):  # the planner sets it; in these cases it is all layers or none
+        settings["listed"] = bool(raw[case.file.LISTED_IN])
     assert json.loads(json.dumps(settings)) == settings
     return dict(settings)
 
@@ -364,6 +370,53 @@ NEUTRAL = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("version", [None, "0.17.1", "0.16.0", "0.18.0", "0.18.0.dev0@abc", "0.21.2", "1.0"])
+@pytest.mark.parametrize("terms", [1, 2, 3, 4, 5, 7])
+def test_the_series_of_oft_is_that_of_the_peft_that_trained(version: str | None, terms: int) -> None:
+    """By powers; before 0.18 the last term was doubled too, and no file had its version."""
+    oft = import_module("inlay.tuners.oft")
+    raw = {"oft_block_size": 4, "use_cayley_neumann": True, "num_cayley_neumann_terms": terms, "peft_version": version}
+    vectors = 0.3 * RANDOM[:2, :6]
+    turn = oft.prepare({"oft_R": vectors}, oft.settings(raw, 3, None), SHAPE)["turn"]
+    old = version is None or version.startswith(("0.16", "0.17"))
+    for vector, found in zip(vectors, turn, strict=True):
+        skew = np.zeros((4, 4))
+        skew[np.triu_indices(4, 1)] = vector
+        skew -= skew.T
+        powers = [np.linalg.matrix_power(skew, n) for n in range(9)]
+        wanted = powers[0] + 2 * sum((powers[n] for n in range(1, terms)), np.zeros((4, 4)))
+        if not old and terms > 2:
+            wanted += powers[3] if terms == 3 else -powers[terms - 1]
+        assert np.allclose(found, wanted.T, rtol=0, atol=1e-14)
+    assert (oft.remark(raw) is not None) == old
+    assert oft.remark({**raw, "use_cayley_neumann": False}) is None
+
+
+LISTED = {"listed": True}
+NOT_LISTED = {"listed": False}
+
+
+@pytest.mark.parametrize(
+    ("found", "settings", "shape", "says"),
+    [
+        ((1, 4, 1, 1), NOT_LISTED, (6, 4, 3, 3), "4 numbers for 6 outputs"),
+        ((1, 6, 1, 1), LISTED, (6, 4, 3, 3), "inputs in groups of 4"),
+        ((1, 16, 1, 1), LISTED, (6, 4, 3, 3), "inputs in groups of 4"),  # four groups of six outputs
+        ((1, 0, 1, 1), LISTED, (6, 4, 3, 3), "inputs in groups of 4"),
+        ((1, 4, 1), LISTED, (6, 4, 3, 3), "no row of channels"),
+        ((4, 1, 1, 1), LISTED, (6, 4, 3, 3), "no row of channels"),
+        ((1, 4, 3, 3), LISTED, (6, 4, 3, 3), "no row of channels"),
+    ],
+)
+def test_ia3_on_a_convolution_that_it_does_not_fit_is_reported(
+    found: tuple[int, ...], settings: dict[str, Any], shape: tuple[int, ...], says: str
+) -> None:
+    ia3 = import_module("inlay.tuners.ia3")
+    assert says in (ia3.check({"ia3_l": found}, settings, shape) or "")
+    assert ia3.check({"ia3_l": (1, 6, 1, 1)}, NOT_LISTED, (6, 4, 3, 3)) is None
+    assert ia3.check({"ia3_l": (1, 12, 1, 1)}, LISTED, (6, 4, 3, 3)) is None
+
+
 @pytest.mark.parametrize("case", NEUTRAL, ids=lambda case: case.tuner)
 def test_neutral_parts_keep_the_weight(case: Neutral) -> None:
     file = import_module(f"inlay.tuners.{case.tuner}")
@@ -380,7 +433,8 @@ def test_neutral_parts_keep_the_weight(case: Neutral) -> None:
 WRONG: tuple[tuple[str, dict[str, Any], dict[str, tuple[int, ...]], tuple[int, ...], str], ...] = (
     ("ia3", {}, {"ia3_l": (8, 1)}, (6, 8), "(8, 1)"),
     ("ia3", {}, {"ia3_l": (1, 6)}, (6, 8), "(1, 6)"),
-    ("ia3", {}, {"ia3_l": (1, 4, 1, 1)}, (6, 4, 3, 3), "convolution"),
+    ("ia3", {}, {"ia3_l": (1, 4, 1, 1)}, (6, 4, 3, 3), "feedforward_modules"),
+    ("ia3", {}, {"ia3_l": (1, 4, 1)}, (6, 4, 3), "Conv2d and Conv3d"),
     ("oft", {"oft_block_size": 4}, {"oft_R": (3, 6)}, (6, 8), "(3, 6)"),
     ("oft", {"oft_block_size": 4}, {"oft_R": (2, 7)}, (6, 8), "(2, 7)"),
     ("oft", {"oft_block_size": 4}, {"oft_R": (9, 6)}, (6, 4, 3, 3), "differs from its forward"),

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
-from inlay.checkpoints.header import TensorInfo
+from inlay.adapters.patterns import PATTERN_SECONDS
+from inlay.checkpoints.refs import TensorInfo, TensorRef
+from inlay.checkpoints.spans import BASE, SpanReader, adapter_root
+from inlay.dtypes import decode
 from inlay.keys import families
 from inlay.plan.placer import Placer
-from inlay.plan.types import Dense
+from inlay.plan.steps import Dense
 from inlay.tuners import dense
 
 
 def place(placer: Placer, module: str, parts: Mapping[str, TensorInfo]) -> None:
     """One module of such an adapter."""
-    name = placer.config.tuner
-    file = dense.tuner(name)
+    file = dense.tuner(placer.config.tuner)
     parts = {**{k: t for k, t in placer.adapter.shared.items() if k in file.SHARED}, **parts}
     missing = sorted({*file.REQUIRED, *file.SHARED} - parts.keys())
     draw = set(missing) == set(file.SHARED) and getattr(file, "DRAWN", False) and _left_out(placer)
@@ -30,10 +33,7 @@ def place(placer: Placer, module: str, parts: Mapping[str, TensorInfo]) -> None:
     key = placer.weight_key(module)
     if key is None or not placer.target_is_float(module, key):
         return
-    rank, alpha = placer.config.rank(module), placer.config.alpha(module)
-    settings = file.settings(placer.config.raw, rank, alpha if placer.config.has_alpha else None)
-    if draw:
-        settings["largest"] = _largest(placer)
+    settings = _settings(placer, module, file, draw)
     shapes = {k: t.shape for k, t in parts.items()}
     shape = placer.shape(key)
     transposed = _transposed(placer, module, file, shapes, settings, shape)
@@ -41,15 +41,56 @@ def place(placer: Placer, module: str, parts: Mapping[str, TensorInfo]) -> None:
         return
     logical = shape[::-1] if transposed else shape
     refs = {k: placer.ref(t) for k, t in parts.items()}
-    position, weight = placer.found.position, placer.found.weight
+    if hasattr(file, "PLACES") and (why := file.misplaced(_places(placer, file.PLACES, refs), shapes, logical)):
+        placer.problem(module, why)
+        return
+    step = Dense(placer.found.position, placer.config.tuner, refs, settings, logical, transposed)
     if getattr(file, "CHANGES_WEIGHT", True):
-        step = Dense(position, name, refs, settings, logical, transposed, weight=weight if file.ADDITIVE else 1.0)
-        placer.found.steps.setdefault(key, []).append(step)
+        weighted = replace(step, weight=placer.found.weight if file.ADDITIVE else 1.0)
+        placer.found.steps.setdefault(key, []).append(weighted)
     if placer.config.has_rank:
-        placer.found.ranks.add(rank)
+        placer.found.ranks.add(placer.config.rank(module))
     if isinstance(settings.get("scaling"), float):
         placer.found.scalings.add(settings["scaling"])
-    _bias(placer, module, Dense(position, name, refs, settings, logical, bias=True), file, shapes)
+    if hasattr(file, "touches_bias") and file.touches_bias(shapes, settings):
+        _bias(placer, module, key, step, file)
+
+
+def _settings(placer: Placer, module: str, file: ModuleType, draw: bool) -> dict[str, Any]:
+    """What the file makes of the config, and what only the planner knows."""
+    alpha = placer.config.alpha(module) if placer.config.has_alpha else None
+    settings: dict[str, Any] = file.settings(placer.config.raw, placer.config.rank(module), alpha)
+    if hasattr(file, "LISTED_IN"):
+        settings["listed"] = _listed(placer, file.LISTED_IN, module)
+    if draw:
+        settings["largest"] = _largest(placer)
+    return settings
+
+
+def _listed(placer: Placer, field: str, module: str) -> bool | None:
+    """Whether a field of the config names this module, by the end of its name or as one pattern; None if not set.
+
+    As PEFT 0.21 does in tuners/ia3/model.py, where a name need not begin at a dot.
+    """
+    names = placer.config.raw.get(field)
+    if isinstance(names, list):
+        return any(isinstance(name, str) and module.endswith(name) for name in names)
+    if not isinstance(names, str):
+        return None
+    import regex  # has a timeout, which the standard library's engine has not
+
+    try:
+        return regex.fullmatch(names, module, timeout=PATTERN_SECONDS) is not None
+    except (TimeoutError, regex.error) as error:
+        placer.problem(module, f"{field} {names!r:.80} cannot be matched to it: {error or 'it takes too long'}")
+        return None
+
+
+def _places(placer: Placer, names: Sequence[str], refs: Mapping[str, TensorRef]) -> dict[str, Any]:
+    """The numbers of these parts, which are small: a wrong one is a problem of the plan, not of the run."""
+    with SpanReader({adapter_root(placer.found.position): placer.adapter.path}) as reader:
+        stored = {name: reader.whole(refs[name]) for name in names if name in refs}
+    return {name: decode(x, refs[name].dtype) if refs[name].dtype.mergeable else x for name, x in stored.items()}
 
 
 def _left_out(placer: Placer) -> bool:
@@ -69,14 +110,19 @@ def _largest(placer: Placer) -> list[int]:
     return [max((out for out, _ in sizes), default=0), max((in_ for _, in_ in sizes), default=0)]
 
 
-def _bias(placer: Placer, module: str, step: Dense, file: ModuleType, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _bias(placer: Placer, module: str, weight_key: str, step: Dense, file: ModuleType) -> None:
     """What the tuner does to the layer's bias, where there is one."""
-    if not hasattr(file, "touches_bias") or not file.touches_bias(shapes, step.settings):
-        return
+    parts = dict(step.parts)
+    if hasattr(file, "reads_weight") and file.reads_weight(parts.keys()):
+        if step.transposed or weight_key not in placer.base.tensors:
+            placer.problem(module, "adds a product of the weight to the bias, which is for stored Linear layers")
+            return
+        shard, info = placer.base.tensors[weight_key]
+        parts[file.BASE_WEIGHT] = TensorRef.of(BASE, shard.file, info)
     key = placer.names.key(module + ".bias")
     if key in placer.base.tensors:
-        placer.found.steps.setdefault(key, []).append(step)
-    elif not getattr(file, "CHANGES_WEIGHT", True):
+        placer.found.steps.setdefault(key, []).append(replace(step, parts=parts, transposed=False, bias=True))
+    elif not getattr(file, "CHANGES_WEIGHT", True) or getattr(file, "NEEDS_BIAS", False):
         placer.problem(module, f"changes the layer's bias, and the base has no {key}")
 
 

@@ -14,7 +14,16 @@ along; what they leave open is decided exactly. Every other method is a file tha
     prepare(parts, settings, shape)           done once a tensor
     delta(parts, settings, shape, first, last)              rows of the delta, if additive;
     merge(weight, base, parts, settings, shape, first)      otherwise merged rows
+
+and, where it needs them,
+
     touches_bias, merge_bias                  where it acts on the layer's bias too
+    NEEDS_BIAS                                whether it is an error that the layer has none
+    reads_weight(parts), BASE_WEIGHT          whether the bias takes the layer's weight as a part, and its name
+    DRAWN, drawn_shapes(settings)             whether SHARED may be drawn again, and its shapes by `largest`
+    LISTED_IN                                 a field of the config that names modules, for `settings["listed"]`
+    PLACES, misplaced(places, shapes, shape)  parts that are indices, and what is wrong with their numbers, or None
+    remark(raw)                               what a reader of the plan should know of such a config, or None
 
 in float64; `base` is the weight before any adapter. Laws, which the tests check over every row of their tables:
 neutral parts return the same weight; rows do not depend on how they are cut into blocks; equal to PEFT in

@@ -7,6 +7,7 @@ everything else. What the last bit of float64 leaves open between two stored val
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
@@ -20,9 +21,9 @@ from inlay.dtypes import F64Array
 FILES = {
     "ADALORA": "adalora", "BEFT": "beft", "BOFT": "boft", "BONE": "miss", "C3A": "c3a", "DEFT": "deft",
     "DELORA": "delora", "FOURIERFT": "fourierft", "GLORA": "glora", "GRALORA": "gralora", "HIRA": "hira", "HRA": "hra",
-    "IA3": "ia3", "LOHA": "loha", "LOKR": "lokr", "MISS": "miss", "OFT": "oft", "PVERA": "pvera",
-    "RANDLORA": "randlora", "ROAD": "road", "SHIRA": "shira", "SUPERTUNING": "supertuning", "VBLORA": "vblora",
-    "VERA": "vera", "WAVEFT": "waveft",
+    "IA3": "ia3", "LOHA": "loha", "LOKR": "lokr", "MISS": "miss", "OFT": "oft", "OSF": "osf", "PEANUT": "peanut",
+    "PVERA": "pvera", "RANDLORA": "randlora", "ROAD": "road", "SHIRA": "shira", "SUPERTUNING": "supertuning",
+    "UNILORA": "unilora", "VBLORA": "vblora", "VERA": "vera", "WAVEFT": "waveft",
 }  # fmt: skip
 # Variants of LoRA that are no plain pair, by the name of their file.
 VARIANTS = frozenset({"bdlora", "kasa", "olora", "pissa"})
@@ -37,6 +38,11 @@ def tuner(name: str) -> ModuleType:
 def needs_whole(name: str, transposed: bool, bias: bool) -> bool:
     """Whether a block of stored rows cannot be merged without the others."""
     return transposed or bias or bool(tuner(name).WHOLE)
+
+
+def drawn_elements(name: str, settings: Mapping[str, Any]) -> int:
+    """How many numbers are drawn again because the file leaves them out."""
+    return sum(math.prod(shape) for shape in tuner(name).drawn_shapes(settings)) if "largest" in settings else 0
 
 
 def merge(

@@ -9,12 +9,12 @@ E have is seen in their names:
     X         one number for each row (out, 1), for D and E (out,), for C (in, 1); or one number (1,)
     zeros     nothing, at full size
 
-A file with a C is refused: it puts a product of the weight into the bias, and a bias is merged without its weight.
+So the bias of a layer with a C takes its whole weight, as the base has it, for one more part; Linear layers only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,10 +32,8 @@ FIELDS: frozenset[str] = frozenset()
 IGNORED = frozenset({"config_A_B", "config_C", "config_D_E", "init_weights"})  # the names of the parts say the forms
 REFUSED: dict[str, str] = {}
 
-COUPLED = (
-    "glora_C adds a product of the weight to the bias, which is not supported; merge it with PEFT (merge_and_unload), "
-    "or train it with config_C='none'"
-)
+BASE_WEIGHT = "base_weight"  # a part of the bias that the planner adds: the layer's weight before any adapter
+NEEDS_BIAS = True  # the parts that touch the bias are for nothing else
 
 
 def settings(raw: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str, Any]:
@@ -47,8 +45,6 @@ def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], sh
     """What does not fit a weight of this shape."""
     if len(shape) != 2:
         return f"GLoRA is for matrices, the weight is {shape}"
-    if any(f"glora_C.{form}" in shapes for form in ("Xd", "Xu", "X")):
-        return COUPLED
     return next((why for term in "ABCDE" if (why := _misfit(term, shapes, shape))), None)
 
 
@@ -62,7 +58,7 @@ def _misfit(term: str, shapes: Mapping[str, tuple[int, ...]], shape: tuple[int, 
         fits: list[dict[str, tuple[int, ...]]] = [{"X": (out, 1)}, {"X": (1,)}, {"zeros": shape}]
         fits.append({"Xd": (out, rank), "Xu": (rank, inputs)})
     elif term == "C":
-        fits = [{"zeros": (inputs, 1)}]
+        fits = [{"X": (inputs, 1)}, {"zeros": (inputs, 1)}, {"Xd": (inputs, rank), "Xu": (rank, 1)}]
     else:
         fits = [{"X": (out,)}, {"X": (1,)}, {"zeros": (out,)}]
     return None if found in fits else f"{name} is {found or 'missing'}, and the weight is {shape}"
@@ -101,13 +97,21 @@ def _rows(name: str, parts: Mapping[str, F64Array], first: int, last: int) -> F6
     return column[first:last]
 
 
+def reads_weight(parts: Collection[str]) -> bool:
+    """Whether the bias takes a share of the weight."""
+    return "glora_C.X" in parts or "glora_C.Xd" in parts
+
+
 def touches_bias(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]) -> bool:
-    """Whether the file has a D or an E."""
-    return not {"glora_D.X", "glora_E.X"}.isdisjoint(shapes)
+    """Whether the file has a C, a D or an E."""
+    return reads_weight(shapes) or not {"glora_D.X", "glora_E.X"}.isdisjoint(shapes)
 
 
 def merge_bias(bias: F64Array, base: F64Array, parts: Mapping[str, F64Array], settings: Mapping[str, Any]) -> F64Array:
-    """(out,) in and out; D is a share of the bias before any adapter, as A is of the weight."""
+    """(out,) in and out; D is a share of the bias before any adapter, as A and C are of the weight."""
     nothing = np.zeros(1)
     change = base * parts.get("glora_D.X", nothing) + parts.get("glora_E.X", nothing)
+    if BASE_WEIGHT in parts:
+        column = parts["glora_C.X"] if "glora_C.X" in parts else parts["glora_C.Xd"] @ parts["glora_C.Xu"]
+        change = change + (parts[BASE_WEIGHT] @ column)[:, 0]
     return np.asarray(np.where(change == 0, bias, bias + change))

@@ -3,7 +3,9 @@
 W' = W Rᵀ,  R = block_diag(R₁ …),  Rᵢ = (I − Qᵢ)(I + Qᵢ)⁻¹        Qiu et al. 2023; Liu et al. 2024
 
 Qᵢ is skew-symmetric, stored as its upper triangle row by row. With `use_cayley_neumann` the inverse is a series
-cut after n terms: R = I + 2Q + 2Q² + … + Qⁿ⁻¹. With `coft` each Q is first brought within eps/√blocks.
+cut after n terms: R = I + 2Q + 2Q² + … + Qⁿ⁻¹. PEFT 0.16 and 0.17 trained with 2Qⁿ⁻¹ for the last term; so did a file
+without `peft_version`, which 0.18 brought together with the new term (tuners/oft/layer.py and config.py of 0.16.0,
+0.17.1 and 0.18.0). With `coft` each Q is first brought within eps/√blocks.
 An embedding (vocabulary, dim) becomes W R.
 """
 
@@ -33,9 +35,23 @@ def settings(raw: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str
     neumann = bool(raw.get("use_cayley_neumann", False))
     return {
         "terms": int(raw.get("num_cayley_neumann_terms") or 5) if neumann else 0,
+        "doubled": neumann and _before_18(raw),
         "eps": float(raw.get("eps") or 6e-5) if raw.get("coft") else None,
         "dated": "oft_block_size" not in raw,
     }
+
+
+def _before_18(raw: Mapping[str, Any]) -> bool:
+    numbers = [int(n) for n in str(raw.get("peft_version") or "").split(".")[:2] if n.isdigit()]
+    return numbers < [0, 18]  # none at all is less
+
+
+def remark(raw: Mapping[str, Any]) -> str | None:
+    """Where PEFT of today gives another weight than the one that was trained."""
+    if not raw.get("use_cayley_neumann") or not _before_18(raw):
+        return None
+    trained = raw.get("peft_version") or "before 0.18, since the config does not say which"
+    return f"merged with the series of the PEFT that trained it ({trained}); later versions halve its last term"
 
 
 def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
@@ -74,7 +90,7 @@ def prepare(
     skew -= skew.transpose(0, 2, 1)
     if settings["eps"] is not None:
         skew = _within(skew, settings["eps"] / math.sqrt(len(skew)))
-    rotation = _neumann(skew, settings["terms"]) if settings["terms"] else _cayley(skew)
+    rotation = _neumann(skew, settings["terms"], settings["doubled"]) if settings["terms"] else _cayley(skew)
     return {"turn": rotation if name == "oft_embedding_R" else rotation.transpose(0, 2, 1)}
 
 
@@ -89,19 +105,17 @@ def _cayley(skew: F64Array) -> F64Array:
     return np.asarray(np.linalg.solve(one + skew, one - skew))
 
 
-def _neumann(skew: F64Array, terms: int) -> F64Array:
-    """I + 2Q + 2Q² + … + 2Qⁿ⁻² + Qⁿ⁻¹, as PEFT cuts it off; with three terms the last is doubled too."""
+def _neumann(skew: F64Array, terms: int, doubled: bool) -> F64Array:
+    """I + 2Q + 2Q² + … + 2Qⁿ⁻² + Qⁿ⁻¹, or with the last one doubled.
+
+    As PEFT cuts it off: three terms are I + 2Q + 2Q² + Q³ where the last is not doubled.
+    """
     total = np.broadcast_to(np.eye(skew.shape[-1]), skew.shape).copy()
-    if terms > 1:
-        total += 2 * skew
-    if terms > 2:
-        power = skew @ skew
+    power = skew
+    for _ in range(1, terms if doubled else min(terms, max(3, terms - 1))):
         total += 2 * power
-        for _ in range(3, terms - 1):
-            power = power @ skew
-            total += 2 * power
-        total += power @ skew
-    return total
+        power = power @ skew
+    return total if doubled or terms < 3 else total + power
 
 
 def merge(

@@ -10,7 +10,6 @@ _DECOMPOSED = (
     "it depends on a decomposition of the base that is not in the file and whose signs another library may choose "
     "otherwise; merge it with PEFT on the machine that trained it"
 )
-_NOT_YET = "this version has no formula for it; merge it with PEFT (merge_and_unload)"
 
 REFUSED_TYPES: dict[str, str] = {
     "PROMPT_TUNING": _PROMPT,
@@ -29,7 +28,4 @@ REFUSED_TYPES: dict[str, str] = {
     "merge it with PEFT on the machine that trained it",
     "FROD": _DECOMPOSED,
     "TINYLORA": _DECOMPOSED,
-    "OSF": _NOT_YET,
-    "PEANUT": _NOT_YET,
-    "UNILORA": _NOT_YET,
 }

@@ -15,6 +15,7 @@ import numpy as np
 
 from inlay.dtypes import F64Array
 from inlay.errors import InputError
+from inlay.tuners.places import outside, span
 
 PEFT_TYPE = "SHIRA"
 REQUIRED = ("shira_weight", "shira_indices")
@@ -25,6 +26,7 @@ ADDITIVE = True
 FIELDS: frozenset[str] = frozenset()
 IGNORED = frozenset({"mask_type", "random_seed", "init_weights"})  # how the indices in the file were chosen
 REFUSED: dict[str, str] = {}
+PLACES = ("shira_indices",)
 
 
 def settings(raw: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str, Any]:
@@ -42,6 +44,16 @@ def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], sh
     return f"shira_weight {weight} and shira_indices {indices} do not belong together"
 
 
+def misplaced(
+    places: Mapping[str, F64Array], shapes: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]
+) -> str | None:
+    """Places outside of the weight."""
+    rows, cols = places["shira_indices"]
+    if not outside(rows, shape[0]) and not outside(cols, shape[1]):
+        return None
+    return f"shira_indices, rows {span(rows)} and columns {span(cols)}, point outside a weight {shape}"
+
+
 def prepare(
     parts: Mapping[str, F64Array], settings: Mapping[str, Any], shape: tuple[int, ...]
 ) -> Mapping[str, F64Array]:
@@ -49,9 +61,9 @@ def prepare(
 
     Raises InputError for a place outside of the weight.
     """
+    if why := misplaced(parts, {}, shape):
+        raise InputError(why)
     places = parts["shira_indices"].astype(np.int64)
-    if places.size and (places.min() < 0 or (places.max(axis=1) >= shape).any()):
-        raise InputError(f"shira_indices up to {tuple(places.max(axis=1).tolist())} point outside a weight {shape}")
     order = np.argsort(places[0], kind="stable")
     return {"changes": parts["shira_weight"][order], "rows": places[0][order], "cols": places[1][order]}
 

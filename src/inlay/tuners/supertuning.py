@@ -17,6 +17,7 @@ import numpy as np
 
 from inlay.dtypes import F64Array
 from inlay.errors import InputError
+from inlay.tuners.places import outside, span
 
 PEFT_TYPE = "SUPERTUNING"
 REQUIRED = ("supertuning_values",)
@@ -31,6 +32,7 @@ ADDITIVE = True
 FIELDS = frozenset({"lora_alpha", "save_precomputed_indices"})
 IGNORED = frozenset({"sparsity", "select_top", "lora_dropout", "init_weights"})
 REFUSED: dict[str, str] = {}
+PLACES = ("supertuning_indices",)
 
 PAIR = OPTIONAL[1:]
 
@@ -61,6 +63,16 @@ def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], sh
     return f"has {found or 'no pair'}, and {wanted} fits r = {rank} and a weight {shape}"
 
 
+def misplaced(
+    places: Mapping[str, F64Array], shapes: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]
+) -> str | None:
+    """Places outside of the weight."""
+    found = places["supertuning_indices"]
+    if outside(found, shape[0] * shape[1]):
+        return f"supertuning_indices from {span(found)} point outside a weight {shape}"
+    return None
+
+
 def prepare(
     parts: Mapping[str, F64Array], settings: Mapping[str, Any], shape: tuple[int, ...]
 ) -> Mapping[str, F64Array]:
@@ -68,9 +80,9 @@ def prepare(
 
     Raises InputError for a place outside of the weight.
     """
+    if why := misplaced(parts, {}, shape):
+        raise InputError(why)
     places: Any = parts["supertuning_indices"].astype(np.int64)
-    if places.size and (places.min() < 0 or places.max() >= shape[0] * shape[1]):
-        raise InputError(f"supertuning_indices from {places.min()} to {places.max()} point outside a weight {shape}")
     order = np.argsort(places, kind="stable")
     pair = {name: parts[name] for name in PAIR if name in parts}
     return {"values": parts["supertuning_values"][order], "places": places[order], **pair}

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from inlay.dtypes import F64Array
 from inlay.errors import InputError
+from inlay.tuners.places import outside, span
 
 PEFT_TYPE = "VBLORA"
 REQUIRED = ()
@@ -33,6 +34,7 @@ IGNORED = frozenset({  # the first three are seen from the file
     "init_logits_std",
 })  # fmt: skip
 REFUSED: dict[str, str] = {}
+PLACES = ("vblora_logits_A_topk_indices", "vblora_logits_B_topk_indices")
 
 IntArray = npt.NDArray[np.int64]
 
@@ -72,10 +74,26 @@ def _pieces(shapes: Mapping[str, tuple[int, ...]], which: str, topk: int, vector
     return indices[:2] if weights == (*indices[:2], topk - 1) else None
 
 
+def misplaced(
+    places: Mapping[str, F64Array], shapes: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]
+) -> str | None:
+    """Vectors that the bank does not have; a negative number would count from its end."""
+    vectors = shapes["vblora_vector_bank"][0]
+    for name in PLACES:
+        if name in places and outside(places[name], vectors):
+            return f"{name} from {span(places[name])} point outside a bank of {vectors} vectors"
+    return None
+
+
 def prepare(
     parts: Mapping[str, F64Array], settings: Mapping[str, Any], shape: tuple[int, ...]
 ) -> Mapping[str, F64Array]:
-    """The low-rank pair: left (out, r), right (r, in)."""
+    """The low-rank pair: left (out, r), right (r, in).
+
+    Raises InputError for a vector that the bank does not have.
+    """
+    if why := misplaced(parts, {name: part.shape for name, part in parts.items()}, shape):
+        raise InputError(why)
     a, b = (_mixed(parts, f"vblora_logits_{which}", settings["topk"]) for which in "AB")
     return {"left": b.transpose(0, 2, 1).reshape(-1, b.shape[1]), "right": a.reshape(len(a), -1)}
 
@@ -100,9 +118,7 @@ def _largest(logits: F64Array, topk: int) -> tuple[F64Array, IntArray]:
 
 def _stored(parts: Mapping[str, F64Array], part: str) -> tuple[F64Array, IntArray]:
     weights = parts[part + "_topk_weights"]
-    indices, vectors = parts[part + "_topk_indices"].astype(np.int64), len(parts["vblora_vector_bank"])
-    if indices.size and (indices.min() < 0 or indices.max() >= vectors):
-        raise InputError(f"{part}_topk_indices up to {indices.max()} point outside a bank of {vectors} vectors")
+    indices = parts[part + "_topk_indices"].astype(np.int64)
     rest = 1 - weights.sum(axis=-1, keepdims=True)
     return np.concatenate([weights, rest], axis=-1), indices
 

@@ -39,7 +39,7 @@ def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], sh
     """What does not fit a weight of this shape."""
     if not set(SHARED) <= shapes.keys() and "largest" not in settings:
         return MISSING
-    a, b = _drawn_shapes(settings) if "largest" in settings else (shapes["vera_A"], shapes["vera_B"])
+    a, b = drawn_shapes(settings) if "largest" in settings else (shapes["vera_A"], shapes["vera_B"])
     lambda_b, lambda_d = shapes["vera_lambda_b"], shapes["vera_lambda_d"]
     pair = len(shape) == len(a) == len(b) == 2 and a[0] == b[1] and a[1] >= shape[1] and b[0] >= shape[0]
     if pair and lambda_b == shape[:1] and lambda_d == a[:1]:
@@ -47,7 +47,7 @@ def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], sh
     return f"vera_lambda_b {lambda_b} and vera_lambda_d {lambda_d} with A {a} and B {b} do not make {shape}"
 
 
-def _drawn_shapes(settings: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
+def drawn_shapes(settings: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Of A and B, for the largest number of outputs and of inputs."""
     outputs, inputs = settings["largest"]
     return (settings["rank"], inputs), (outputs, settings["rank"])
@@ -59,7 +59,7 @@ def prepare(
     """The pair of this layer."""
     a, b = parts.get("vera_A"), parts.get("vera_B")
     if a is None or b is None:
-        a, b = (x.astype(np.float64) for x in kaiming_uniform(settings["key"], _drawn_shapes(settings)))
+        a, b = (x.astype(np.float64) for x in kaiming_uniform(settings["key"], drawn_shapes(settings)))
     right = parts["vera_lambda_d"][:, None] * a[:, : shape[1]]
     return {"left": parts["vera_lambda_b"][:, None] * b[: shape[0]], "right": right}
 

@@ -35,7 +35,7 @@ REFUSED: dict[str, str] = {}
 SCALING, SEED, WAVELET = 25.0, 777, "db1"  # PEFT's own, for a config without the fields
 
 # Wavelet -> tangents of the L/2 rotations of which its filter is made (Vaidyanathan and Hoang 1988): Daubechies,
-# symlets, coiflets. PEFT's numbers for coif4 and coif5 are not those of the wavelets, so these are not here.
+# symlets, coiflets.
 TANGENTS: dict[str, tuple[float, ...]] = {
     "db1": (1.0,),
     "db2": (-0.2679491924311227, 1.7320508075688772),
@@ -72,6 +72,21 @@ TANGENTS: dict[str, tuple[float, ...]] = {
         -7.749846207007145, -3.8899782237595537, 0.8935982819359408, -2.0515539827866287),
 }  # fmt: skip
 TANGENTS |= {"sym2": TANGENTS["db2"], "sym3": TANGENTS["db3"]}
+# The low filter that PEFT 0.21 has under this name (tuners/waveft/wavelet.py). It is not the wavelet's, and not
+# orthogonal, so it is no chain of rotations; adapters were trained with it all the same.
+TAPS: dict[str, tuple[float, ...]] = {
+    "coif4": (0.000892313902537003, -0.001629492425226786, -0.007346167936268051, 0.016066782559655206,
+        0.026792362270697267, -0.07314290441258073, -0.04877076756791383, 0.42747788393337943, 0.7842491699914577,
+        0.4354613422154989, -0.0615536584279808, -0.09176542029839818, 0.02811565972369683, 0.024945239305530328,
+        -0.010417174666056649, -0.0032702731315608483, 0.0020166775120449105, 0.0006600112966963782,
+        -0.00017960623150243602, -0.0001598819866911797, 4.3110389559021745e-05, 1.791447688858775e-05,
+        -2.2414246658720156e-06, -1.5895026298510706e-06),
+}  # fmt: skip
+WAVELETS = (*TANGENTS, *TAPS)
+NO_COIF5 = (
+    "PEFT's filter for wavelet_family 'coif5' has 48 numbers where its layer makes room for 30, so its change is "
+    "smaller than the weight and PEFT (0.21) can neither train nor merge it; choose another wavelet"
+)
 
 
 def settings(raw: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str, Any]:
@@ -87,8 +102,10 @@ def settings(raw: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str
 def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     """What does not fit a weight of this shape."""
     found, wavelet = shapes["waveft_spectrum"], settings["wavelet"]
-    if wavelet and wavelet not in TANGENTS:
-        return f"wavelet_family {wavelet!r} is none of {', '.join(TANGENTS)}; merge it with PEFT (merge_and_unload)"
+    if wavelet == "coif5":
+        return NO_COIF5
+    if wavelet and wavelet not in WAVELETS:
+        return f"wavelet_family {wavelet!r} is none of {', '.join(WAVELETS)}, which are all that PEFT has"
     if len(shape) != 2:
         return f"WaveFT is for matrices, the weight is {shape}"
     if len(found) == 1 and found[0] <= shape[0] * shape[1]:
@@ -104,7 +121,7 @@ def prepare(
     rows, cols = np.divmod(_places(len(spectrum), settings["seed"], shape), shape[1])
     if not settings["wavelet"]:
         return {"spectrum": spectrum, "rows": rows, "cols": cols}
-    filters = _filters(TANGENTS[settings["wavelet"]])
+    filters = _filters(settings["wavelet"])
     rows += (_padded(shape[0], filters) - shape[0]) // 2
     cols += (_padded(shape[1], filters) - shape[1]) // 2
     return {"spectrum": spectrum, "rows": rows, "cols": cols, "filters": filters}
@@ -120,15 +137,20 @@ def _places(count: int, seed: int, shape: tuple[int, ...]) -> npt.NDArray[np.int
     return places
 
 
-def _filters(tangents: tuple[float, ...]) -> F64Array:
-    """The low filter, a chain of rotations of its even and odd taps with a delay between, and its mirror."""
+def _filters(wavelet: str) -> F64Array:
+    """The low filter and its mirror, (2, L)."""
+    low = np.array(TAPS[wavelet]) if wavelet in TAPS else _rotations(TANGENTS[wavelet])
+    return np.stack([low, low[::-1] * np.resize([1.0, -1.0], len(low))])
+
+
+def _rotations(tangents: tuple[float, ...]) -> F64Array:
+    """A chain of rotations of even and odd taps with a delay between."""
     taps = np.array([[1.0], [tangents[0]]]) / np.sqrt(1 + tangents[0] ** 2)
     for tangent in tangents[1:]:
         even, odd = np.append(taps[0], 0.0), np.append(0.0, taps[1])
         taps = np.stack([even - tangent * odd, tangent * even + odd]) / np.sqrt(1 + tangent**2)
     low = taps.T.reshape(-1)
-    low = np.sign(low.sum()) * low
-    return np.stack([low, low[::-1] * np.resize([1.0, -1.0], len(low))])
+    return np.asarray(np.sign(low.sum()) * low)
 
 
 def _padded(size: int, filters: F64Array) -> int:
