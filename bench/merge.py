@@ -2,11 +2,14 @@
 
     python bench/merge.py                       # 0.5 and 1.5 B in memory-backed files and on disk, 7 B on disk
     python bench/merge.py --sizes 1.5 --where /dev/shm --runs 5
+    python bench/merge.py --sizes --moe --where /dev/shm         # experts alone
 
 Bases are Qwen2-shaped, bfloat16, with the shard layout of the real models and scrambled values; adapters
-are PEFT's, float32. Every command is a process of its own, start-up included but where it says otherwise, and the
-candidates take turns, so that a slow minute of the machine hits all of them. Wall seconds (minimum and median), bytes a
-second, peak resident memory, and the ratio of minima to `cp -r`: on a shared machine noise only adds.
+are PEFT's, float32. `--moe` adds one shaped like Qwen3-MoE, a tensor for each of 128 experts in a few layers, with
+adapters on attention and on all experts. Every command is a process of its own, start-up included but where it says
+otherwise, and the candidates take turns, so that a slow minute of the machine hits all of them. Wall seconds (minimum
+and median), bytes a second, peak resident memory, and the ratio of minima to `cp -r`: on a shared machine noise only
+adds.
 """
 
 from __future__ import annotations
@@ -35,7 +38,10 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Shape:
-    """A Qwen2.5 model: hidden, layers, MLP width, key/value width, vocabulary, tied head, shards."""
+    """A Qwen2.5 model: hidden, layers, MLP width, key/value width, vocabulary, tied head, shards.
+
+    With `experts` it is a Qwen3-MoE, whose MLP width is that of one expert.
+    """
 
     hidden: int
     layers: int
@@ -44,6 +50,7 @@ class Shape:
     vocabulary: int
     tied: bool
     shards: int
+    experts: int = 0
 
 
 SHAPES = {
@@ -51,8 +58,10 @@ SHAPES = {
     "1.5": Shape(1536, 28, 8960, 256, 151936, True, 1),
     "7": Shape(3584, 28, 18944, 512, 152064, False, 4),
 }
+MOE = Shape(2048, 3, 768, 512, 151936, True, 2, experts=128)
+HEAD = 64  # width of a head of that model
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+TARGETS = {"all": (*ATTENTION, "gate_proj", "up_proj", "down_proj"), "attention": ATTENTION, "experts": ()}
 
 
 def linears(s: Shape) -> dict[str, tuple[int, int]]:
@@ -70,14 +79,30 @@ def base_tensors(s: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     for layer in range(s.layers):
         name = f"model.layers.{layer}."
         yield name + "input_layernorm.weight", (s.hidden,)
-        for end, shape in linears(s).items():
-            yield f"{name}{end}.weight", shape
-            if end[-6:] in ("q_proj", "k_proj", "v_proj"):
-                yield f"{name}{end}.bias", shape[:1]
+        yield from (moe_layer if s.experts else dense_layer)(s, name)
         yield name + "post_attention_layernorm.weight", (s.hidden,)
     yield "model.norm.weight", (s.hidden,)
     if not s.tied:
         yield "lm_head.weight", (s.vocabulary, s.hidden)
+
+
+def dense_layer(s: Shape, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for end, shape in linears(s).items():
+        yield f"{name}{end}.weight", shape
+        if end[-6:] in ("q_proj", "k_proj", "v_proj"):
+            yield f"{name}{end}.bias", shape[:1]
+
+
+def moe_layer(s: Shape, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for end, shape in linears(s).items():
+        if end.startswith("self_attn."):
+            yield f"{name}{end}.weight", shape
+    yield from ((f"{name}self_attn.{part}_norm.weight", (HEAD,)) for part in "qk")
+    yield name + "mlp.gate.weight", (s.experts, s.hidden)
+    for expert in range(s.experts):
+        for end, shape in linears(s).items():
+            if end.startswith("mlp."):
+                yield f"{name}mlp.experts.{expert}.{end.removeprefix('mlp.')}.weight", shape
 
 
 def write_tensors(path: Path, tensors: list[tuple[str, tuple[int, ...]]], dtype: object, scale: float) -> None:
@@ -97,10 +122,9 @@ def write_tensors(path: Path, tensors: list[tuple[str, tuple[int, ...]]], dtype:
                 left -= len(piece)
 
 
-def make_base(folder: Path, size: str) -> Path:
-    """A base directory of the given size in billions of parameters."""
-    s = SHAPES[size]
-    path = folder / f"base-{size}"
+def make_base(folder: Path, s: Shape) -> Path:
+    """A base directory."""
+    path = folder / "base"
     path.mkdir(parents=True)
     tensors = list(base_tensors(s))
     count = s.shards
@@ -122,21 +146,29 @@ def make_base(folder: Path, size: str) -> Path:
         "num_key_value_heads": s.kv // 128 if s.hidden % 128 == 0 else 2, "vocab_size": s.vocabulary,
         "tie_word_embeddings": s.tied, "torch_dtype": "bfloat16", "rms_norm_eps": 1e-6,
     }  # fmt: skip
+    if s.experts:
+        config |= {
+            "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "head_dim": HEAD,
+            "num_attention_heads": s.hidden // HEAD, "num_key_value_heads": s.kv // HEAD, "num_experts": s.experts,
+            "moe_intermediate_size": s.mlp, "num_experts_per_tok": 8, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        }  # fmt: skip
     (path / "config.json").write_text(json.dumps(config, indent=2))
     return path
 
 
-def make_adapter(folder: Path, size: str, rank: int, targets: tuple[str, ...]) -> Path:
+def make_adapter(folder: Path, s: Shape, rank: int, kind: str) -> Path:
     """A PEFT adapter directory for that base."""
-    s = SHAPES[size]
-    path = folder / f"adapter-{size}-r{rank}-{len(targets)}"
+    path = folder / f"adapter-r{rank}-{kind}"
     path.mkdir()
+    targets = TARGETS[kind]
     tensors: list[tuple[str, tuple[int, ...]]] = []
     for layer in range(s.layers):
+        name = f"base_model.model.model.layers.{layer}."
         for end, (out, in_) in linears(s).items():
             if end.rpartition(".")[2] in targets:
-                name = f"base_model.model.model.layers.{layer}.{end}.lora_"
-                tensors += [(name + "A.weight", (rank, in_)), (name + "B.weight", (out, rank))]
+                tensors += [(f"{name}{end}.lora_A.weight", (rank, in_)), (f"{name}{end}.lora_B.weight", (out, rank))]
+        if kind == "experts":
+            tensors += pairs_of_experts(s, name + "mlp.experts.", rank)
     write_tensors(path / "adapter_model.safetensors", tensors, F32, 0.01)
     config = {
         "peft_type": "LORA",
@@ -145,8 +177,21 @@ def make_adapter(folder: Path, size: str, rank: int, targets: tuple[str, ...]) -
         "target_modules": list(targets),
         "task_type": "CAUSAL_LM",
     }
+    if kind == "experts":
+        config |= {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "peft_version": "0.19.0"}
     (path / "adapter_config.json").write_text(json.dumps(config))
     return path
+
+
+def pairs_of_experts(s: Shape, name: str, rank: int) -> list[tuple[str, tuple[int, ...]]]:
+    """What PEFT stores for gate_up_proj (2 · mlp, hidden) and down_proj (hidden, mlp) of all experts."""
+    every = s.experts * rank
+    return [
+        (name + "lora_A.weight", (every, s.mlp)),
+        (name + "lora_B.weight", (s.hidden, every)),
+        (name + "base_layer.lora_A.weight", (every, s.hidden)),
+        (name + "base_layer.lora_B.weight", (2 * s.mlp, every)),
+    ]
 
 
 PEFT = """
@@ -252,7 +297,8 @@ def report(title: str, nbytes: int, found: dict[str, list[Run]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["0.5", "1.5", "7"], choices=SHAPES)
+    parser.add_argument("--sizes", nargs="*", default=["0.5", "1.5", "7"], choices=SHAPES)
+    parser.add_argument("--moe", action="store_true", help="measure the base of experts too")
     parser.add_argument("--where", nargs="+", default=["/dev/shm", tempfile.gettempdir()], help="folders to work in")
     parser.add_argument("--adapters", nargs="+", default=["16-all", "64-all", "16-attention"])
     parser.add_argument("--runs", type=int, default=5)
@@ -262,18 +308,21 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--peft", action="store_true", help="measure PEFT too (up to 1.5 B)")
     args = parser.parse_args()
+    cases = [(f"{size} B", SHAPES[size], args.adapters) for size in args.sizes]
+    cases += [("experts", MOE, ["16-attention", "16-experts"])] * args.moe
     for where in args.where:
-        for size in args.sizes:
-            if size == "7" and where.startswith("/dev/shm"):
+        for title, shape, kinds in cases:
+            if title == "7 B" and where.startswith("/dev/shm"):
                 continue
+            peft = args.peft and title in ("0.5 B", "1.5 B")
             with tempfile.TemporaryDirectory(dir=where, prefix="inlay-bench-") as folder:
-                base = make_base(Path(folder), size)
+                base = make_base(Path(folder), shape)
                 nbytes = sum(f.stat().st_size for f in base.iterdir())
-                for kind in args.adapters:
+                for kind in kinds:
                     rank, targets = kind.split("-")
-                    adapter = make_adapter(Path(folder), size, int(rank), ALL_LINEAR if targets == "all" else ATTENTION)
-                    found = measure(base, adapter, args.runs, args.peft and size != "7", args.settle)
-                    report(f"{size} B, {nbytes / 1e9:.2f} GB, rank {rank} {targets}, in {where}", nbytes, found)
+                    adapter = make_adapter(Path(folder), shape, int(rank), targets)
+                    found = measure(base, adapter, args.runs, peft, args.settle)
+                    report(f"{title}, {nbytes / 1e9:.2f} GB, rank {rank} {targets}, in {where}", nbytes, found)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -74,7 +75,23 @@ def memory_layout(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of transformers, about its own code
         model = _build(config)
-        return None if model is None else _lay_out(model, shapes)
+        if model is None:
+            return None
+        with _one_thread():
+            return _lay_out(model, shapes)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Without torch's own threads, which on thousands of small tensors wait for each other most of the time."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _build(config: Mapping[str, Any]) -> Any:

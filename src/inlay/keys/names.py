@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from inlay.errors import InputError
 from inlay.keys.memory import MemoryLayout, Slice, memory_layout
-from inlay.keys.rules import Rule, find_rule, near
+from inlay.keys.rules import find_rule, near
+from inlay.keys.stacks import names_stack, stacked_experts
+
+
+class KeyRule(Protocol):
+    """From a name to a key, without looking further; its text says how."""
+
+    def key(self, name: str) -> str: ...
 
 
 class Names:
@@ -21,7 +28,7 @@ class Names:
     def __init__(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> None:
         self.config = config
         self.shapes = shapes
-        self.rule: Rule = find_rule(names, shapes.keys())
+        self.rule: KeyRule = find_rule(names, shapes.keys())
         self.used_layout = False
         self.unavailable = ""  # why the tables of transformers could not help
 
@@ -36,6 +43,17 @@ class Names:
         if found is None:
             self.unavailable = f"transformers does not know the class {self.config.get('architectures')}"
         return found
+
+    @cached_property
+    def _stacks(self) -> MemoryLayout | None:
+        return stacked_experts(self.config, self.shapes)
+
+    def layout_of(self, targets: Iterable[str]) -> MemoryLayout | None:
+        """A layout with all bare parameters that `targets` can name: the declared one, if that has them."""
+        declared = self._stacks
+        if declared is not None and all(names_stack(target) for target in targets):
+            return declared
+        return self.layout
 
     def key(self, name: str) -> str:
         """Key of a tensor: the base's where one tensor is meant, else the name under the rule (a new key)."""
