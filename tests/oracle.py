@@ -132,6 +132,13 @@ def read(path: Path) -> dict[str, Any]:
     return {k: t for file in files for k, t in load_file(file).items()}
 
 
+def same_tensors(one: Path, other: Path) -> bool:
+    """Whether two directories hold the same values under the same keys."""
+    a, b = read(one), read(other)
+    assert a.keys() == b.keys()
+    return all(a[key].equal(b[key]) for key in a)
+
+
 def float64(tensor: Any) -> np.ndarray:
     return np.asarray(tensor.detach().double().numpy())
 

@@ -272,7 +272,7 @@ def test_missing_folders_above_the_destination_are_made(place: Path, capsys: Cap
         ("--model base --adapters --merge_lora", "--adapters"),
         ("--model base --adapters , --merge_lora", "--adapters"),
         ("--model --adapters a --merge_lora", "--model"),
-        ("--model base --adapters a --merge_lora --quant_bits 4", "--quant_bits"),
+        ("--model base --adapters a --merge_lora --quant_bits 4", "quant_bits"),
         ("--model base --adapters a --merge_lora stray", "stray"),
     ],
 )

@@ -21,7 +21,7 @@ from cases import LINEAR, MODELS, Kit, edit_json, load_peft, new_peft_model, sav
 from inlay.cli.main import main
 from inlay.cli.options import COMBINE_METHODS
 from inlay.errors import InputError, OutputError
-from inlay.run.combine import rank_table
+from inlay.plan.combination import rank_table
 from inlay.tuners import combining
 from inlay.tuners.combining import METHODS, Pair, Recipe
 from oracle import bits, float64, header, read
@@ -725,7 +725,7 @@ def test_adapters_of_other_libraries_are_refused(kit: Kit, tmp_path: Path) -> No
 
 def test_all_reasons_are_given_at_once(kit: Kit, tmp_path: Path) -> None:
     dora, bias = (build(kit, "qwen2", [ODD[kind][0]])[0] for kind in ("dora", "lora_bias"))
-    words = ["is a DoRA", "has lora_bias", "no such directory", "2 for 3 adapters", "must be in (0, 1], not 1.5"]
+    words = ["is a DoRA", "has lora_bias", "no such file or directory", "2 for 3 adapters", "must be in (0, 1], not 1.5"]
     refused([dora, bias, tmp_path / "none"], tmp_path, words, weights=[1, 2], density=1.5, combine_by="ties_svd")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from cases import MODELS, Kit, load_peft, new_peft_model, save_adapter, third_pa
 from families import FAMILIES
 from inlay.errors import PlanError
 from inlay.keys.memory import memory_layout
-from oracle import correctly_rounded, float64, reach, read, same_bytes
+from inlay.plan.combination import Options
+from oracle import correctly_rounded, float64, reach, read, same_bytes, same_tensors
 
 EXPERTS = ["gate_up_proj", "down_proj"]
 
@@ -150,6 +152,19 @@ def test_two_adapters_on_the_experts_are_summed_and_rounded_once(
         assert correctly_rounded(float64(tensor), exact, error, "BF16").all(), key
 
 
+def test_mixing_nothing_away_is_the_sum(kit: Kit, adapter: Callable[[str], Path], tmp_path: Path) -> None:
+    """Each expert's deltas are mixed for themselves; a density of 1 keeps all of them."""
+    base, paths = kit.base("qwen3moe", "BF16"), [adapter("qwen3moe/experts"), adapter("qwen3moe/rslora")]
+    inlay.run_plan(inlay.make_plan(base, paths), tmp_path / "sum")
+    mixed = inlay.make_plan(base, paths, combine_by="della_linear", options=Options(density=1.0))
+    inlay.run_plan(mixed, tmp_path / "mixed")
+    assert same_tensors(tmp_path / "sum", tmp_path / "mixed")
+    thinned = inlay.make_plan(base, paths, combine_by="della_linear", options=Options(density=0.5))
+    inlay.run_plan(thinned, tmp_path / "thinned", workers=1)
+    assert inlay.verify(base, paths, tmp_path / "thinned").exact
+    assert not same_tensors(tmp_path / "sum", tmp_path / "thinned")
+
+
 def legacy(path: Path, modules: Mapping[str, tuple[int, int]], rslora: bool = False) -> dict[str, tuple[Any, Any]]:
     """An adapter as transformers 4 left it: a pair for each expert, under its name on disk."""
     import torch
@@ -262,19 +277,49 @@ def test_a_missing_wrapper_is_refused(kit: Kit, adapter: Callable[[str], Path], 
         inlay.make_plan(kit.base("qwen3moe"), [path])
 
 
+@pytest.mark.parametrize("entry", ["mlp.gate.weight", "experts.gate_up_projection", "own_proj", "no.such.module"])
+def test_an_entry_that_the_file_has_nothing_for_is_a_warning(
+    kit: Kit, adapter: Callable[[str], Path], entry: str, tmp_path: Path
+) -> None:
+    """PEFT takes it without a word as long as another entry names something."""
+    path = kit.copy_of(adapter("qwen3moe/experts"), tmp_path)
+    listed = json.loads((path / "adapter_config.json").read_text())["target_parameters"]
+    plain = inlay.make_plan(kit.base("qwen3moe"), [path])
+    assert not plain.warnings
+    _edit(path, target_parameters=[*listed, entry])
+    plan = inlay.make_plan(kit.base("qwen3moe"), [path])
+    assert plan.warnings == (f"{path.name}: target_parameters lists {entry!r}, the file has nothing for it",)
+    assert [s.entries for s in plan.shards] == [s.entries for s in plain.shards]
+
+
 def test_without_transformers_the_message_says_what_to_install(
     kit: Kit, adapter: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sys
-
     given = [
         (kit.base(m), adapter(name))
-        for m, name in (("qwen25vl", "qwen25vl/language"), ("qwen3moe", "qwen3moe/experts"))
+        for m, name in (
+            ("qwen25vl", "qwen25vl/language"),
+            ("gptoss", "gptoss/experts"),
+            ("qwen3moe", "qwen3moe/router"),
+        )
     ]
     monkeypatch.setitem(sys.modules, "transformers", None)
     for base, path in given:
         with pytest.raises(PlanError, match=r"inlay\[transformers\]"):
             inlay.make_plan(base, [path])
+
+
+@pytest.mark.parametrize("model", ["qwen3moe", "qwen2moe", "mixtral", "olmoe", "deepseek3"])
+def test_experts_of_declared_classes_need_no_transformers(
+    kit: Kit, adapter: Callable[[str], Path], model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: the plan is the same whether the declared table or transformers says where the experts lie."""
+    base, path = kit.base(model), adapter(f"{model}/experts")
+    with monkeypatch.context() as patch:
+        patch.setattr("inlay.keys.names.stacked_experts", lambda *_: None)
+        plan = inlay.make_plan(base, [path])
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert inlay.make_plan(base, [path]) == plan
 
 
 def test_an_unknown_class_says_what_could_not_be_placed(

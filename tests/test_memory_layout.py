@@ -15,7 +15,9 @@ import pytest
 from cases import MODELS, randomise, third_party
 from families import EXPERTS, FAMILIES, TEXT, VISION
 from inlay.errors import InputError
+from inlay.keys import stacks
 from inlay.keys.memory import MemoryLayout, Slice, memory_layout
+from inlay.keys.stacks import names_stack, stacked_experts
 
 pytestmark = pytest.mark.usefixtures("kit")  # one thread, no progress bars
 
@@ -60,11 +62,33 @@ def _molmo2() -> Any:
     return transformers.Molmo2ForConditionalGeneration(config)
 
 
+def _deepseek2() -> Any:
+    import transformers
+
+    config = transformers.DeepseekV2Config(
+        **{**TEXT, "num_key_value_heads": 4}, moe_intermediate_size=12, n_routed_experts=4, n_shared_experts=1,
+        num_experts_per_tok=2, first_k_dense_replace=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4,
+        v_head_dim=4, qk_nope_head_dim=4,
+    )  # fmt: skip
+    return transformers.DeepseekV2ForCausalLM(config)
+
+
+def _glm4moe() -> Any:
+    import transformers
+
+    config = transformers.Glm4MoeConfig(
+        **TEXT, moe_intermediate_size=12, n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1, head_dim=4
+    )
+    return transformers.Glm4MoeForCausalLM(config)
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     **{name: MODELS[name].build for name in ("qwen2", "qwen2-tied", "gpt2", "gpt2-tied", "resnet", *FAMILIES)},
     "qwen2vl": _qwen2vl,
     "ernie": _ernie,
     "molmo2": _molmo2,
+    "deepseek2": _deepseek2,
+    "glm4moe": _glm4moe,
 }
 # Ends of the names that must be refused, and the reason; every other parameter must have its slices. Of the names
 # in memory none is refused.
@@ -445,3 +469,142 @@ def test_without_transformers_the_error_says_what_to_install(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=r"pip install 'inlay\[transformers\]'"):
         memory_layout(qwen3moe.config, qwen3moe.shapes)
+
+
+# ─── experts whose layout is declared ────────────────────────────────────────────────────────────────────────────────
+
+DECLARED = ("qwen2moe", "qwen3moe", "qwen3moe-square", "olmoe", "mixtral", "deepseek2", "deepseek3", "glm4moe")
+
+
+@pytest.fixture(scope="module")
+def declared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
+    return {name: save(BUILDERS[name](), tmp_path_factory.mktemp(name)) for name in DECLARED}
+
+
+def agrees(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether the table settles the experts; if so, it is held against transformers."""
+    found = stacked_experts(config, shapes)
+    if found is None:
+        return False
+    layout = memory_layout(config, shapes)
+    assert layout is not None
+    names = [n for n in layout.shapes if ".experts." in n]
+    assert names == [n for n in layout.shapes if names_stack(n)], "no other parameter is called as a stack is"
+    assert list(found.shapes) == names == list(found.slices), "all of them, in the order of registration"
+    assert found.slices == {n: layout.slices[n] for n in names}
+    assert found.shapes == {n: layout.shapes[n] for n in names}
+    assert not layout.refused.keys() & set(names)
+    assert not layout.transposed_experts and not found.transposed_experts
+    return True
+
+
+def test_every_declared_class_is_laid_out_as_transformers_does(declared: dict[str, Saved]) -> None:
+    for saved in declared.values():
+        assert agrees(saved.config, saved.shapes)
+    assert {saved.config["architectures"][0] for saved in declared.values()} == set(stacks.FAMILIES)
+
+
+@pytest.mark.parametrize("original", [True, False], ids=["disk-names", "memory-names"])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_no_other_class_is_declared(name: str, original: bool, tmp_path: Path) -> None:
+    saved = save(BUILDERS[name](), tmp_path, original)
+    assert agrees(saved.config, saved.shapes) == (name in DECLARED and original)
+
+
+CHANGES: tuple[tuple[str, dict[str, Any], bool], ...] = (
+    ("qwen3moe", {"decoder_sparse_step": 2}, False),
+    ("qwen3moe", {"mlp_only_layers": [0]}, False),
+    ("qwen3moe", {"mlp_only_layers": None}, True),
+    ("qwen3moe", {"num_hidden_layers": 1}, True),  # as with layers for the prediction of further tokens
+    ("qwen3moe", {"num_hidden_layers": 3}, False),
+    ("qwen3moe", {"moe_intermediate_size": 16}, False),
+    ("qwen3moe", {"hidden_size": 32}, False),
+    ("qwen3moe", {"num_experts": 3, "num_local_experts": 3}, False),
+    ("qwen3moe", {"num_experts": 3, "num_local_experts": 4}, False),
+    ("qwen3moe", {"num_experts": 0, "num_local_experts": 0}, False),
+    ("qwen3moe", {"num_hidden_layers": True}, False),
+    ("qwen3moe", {"model_type": "mixtral"}, False),
+    ("qwen3moe", {"architectures": ["Qwen3MoeModel"]}, False),
+    ("qwen3moe", {"architectures": ["MixtralForCausalLM"]}, False),
+    ("qwen3moe", {"architectures": None}, False),
+    ("deepseek3", {"first_k_dense_replace": 0}, False),
+    ("deepseek3", {"first_k_dense_replace": 2}, False),
+    ("deepseek3", {"first_k_dense_replace": None}, False),
+    ("deepseek3", {"num_hidden_layers": 1, "first_k_dense_replace": 0}, False),
+    ("deepseek3", {"num_hidden_layers": 1}, False),
+    ("mixtral", {"intermediate_size": 12}, False),
+    ("mixtral", {"sliding_window": 4}, True),
+)
+
+
+@pytest.mark.parametrize(("name", "fields", "settled"), CHANGES, ids=lambda v: str(v) if isinstance(v, dict) else "")
+def test_a_config_that_differs_from_its_experts_is_left_to_transformers(
+    name: str, fields: dict[str, Any], settled: bool, declared: dict[str, Saved]
+) -> None:
+    saved = declared[name]
+    assert agrees({**saved.config, **fields}, saved.shapes) is settled
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_a_field_that_is_not_given_is_never_guessed(name: str, declared: dict[str, Saved]) -> None:
+    saved = declared[name]
+    settled = {
+        field: agrees({k: v for k, v in saved.config.items() if k != field}, saved.shapes)
+        for field in saved.config
+        if field not in ("architectures", "model_type", "vocab_size", "num_attention_heads")
+    }
+    assert not any(settled[field] for field in ("num_hidden_layers", "hidden_size"))
+    assert sum(not kept for kept in settled.values()) <= 5
+
+
+FIRST = "model.layers.1.mlp.experts.0.gate_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "settled"),
+    [
+        (FIRST, None, False),
+        (FIRST, (13, 16), False),
+        (FIRST, (16, 12), False),
+        (FIRST.replace(".0.", ".4."), (12, 16), False),
+        (FIRST.replace(".0.", ".00."), (12, 16), False),
+        (FIRST.removeprefix("model."), (12, 16), False),
+        (FIRST + "_scale", (), False),
+        (FIRST.replace("weight", "bias"), (12,), False),
+        ("model.layers.1.mlp.experts.gate_up_proj", (4, 24, 16), False),
+        (FIRST.replace("layers.1", "layers.2"), (12, 16), True),
+        (FIRST.replace("layers.1", "layers.2"), (5,), True),
+        ("model.layers.1.mlp.shared_experts.gate_proj.weight", (12, 16), True),
+        ("mtp.head.weight", (3, 4), True),
+    ],
+    ids=str,
+)
+def test_experts_that_are_not_whole_and_alone_are_left_to_transformers(
+    key: str, shape: tuple[int, ...] | None, settled: bool, declared: dict[str, Saved]
+) -> None:
+    saved = declared["qwen3moe"]
+    others = {k: s for k, s in saved.shapes.items() if k != key}
+    assert agrees(saved.config, others if shape is None else {**others, key: shape}) is settled
+
+
+def test_more_than_ten_declared_experts_keep_their_numbers(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.Qwen3MoeConfig(**TEXT, **{**EXPERTS, "num_experts": 12}, head_dim=8)
+    saved = save(transformers.Qwen3MoeForCausalLM(config), tmp_path)
+    assert agrees(saved.config, dict(reversed(saved.shapes.items())))
+
+
+@pytest.mark.parametrize("name", ["deepseek3", "glm4moe"])
+def test_layers_for_the_prediction_of_further_tokens_are_no_part_of_the_class(
+    name: str, declared: dict[str, Saved]
+) -> None:
+    saved = declared[name]
+    more = {k.replace("layers.1.", "layers.2."): s for k, s in saved.shapes.items()}
+    assert agrees({**saved.config, "num_nextn_predict_layers": 1}, {**saved.shapes, **more})
+
+
+def test_as_many_experts_in_another_layer_are_left_to_transformers(declared: dict[str, Saved]) -> None:
+    saved = declared["deepseek3"]  # its first layer is dense
+    moved = {k.replace("layers.1.mlp.experts.", "layers.0.mlp.experts."): s for k, s in saved.shapes.items()}
+    assert not agrees(saved.config, moved)

@@ -43,6 +43,7 @@ from build import (
     write_model,
 )
 from inlay import dumps, loads, make_plan, run_plan, verify
+from inlay.digests import digest_json, digest_object
 from inlay.output.json_edit import edit_json
 from inlay.plan.build import parse_size
 from inlay.plan.types import Plan, from_json, to_json
@@ -428,6 +429,26 @@ values = st.recursive(
     max_leaves=8,
 )  # fmt: skip
 objects = st.dictionaries(names, values, max_size=5)
+
+
+@given(objects, names, st.lists(values, max_size=4))
+def test_an_object_spelled_item_by_item_has_the_digest_of_the_whole(
+    members: dict[str, Any], listed: str, items: list[Any]
+) -> None:
+    members.pop(listed, None)
+    assert digest_object(members, listed, iter(items)) == digest_json({**members, listed: items})
+
+
+def test_the_digest_of_a_plan_is_that_of_its_json_without_names_and_times(pair_of: tuple[Path, Path]) -> None:
+    plan = make_plan(pair_of[0], [pair_of[1]])
+    value = to_json(plan)
+    for name in ("inputs", "warnings", "notes", "cost", "base_name"):
+        del value[name]
+    for adapter in value["adapters"]:
+        del adapter["name"], adapter["base_model"]
+    assert plan.digest == digest_json(value)
+
+
 styles = st.fixed_dictionaries(
     {
         "indent": st.sampled_from([None, 1, 2, 4, "\t"]),

@@ -389,7 +389,7 @@ def test_token_rows_and_another_lora_compute_what_merging_in_turn_does(kit: Kit,
 
 def test_the_number_of_weights_must_be_that_of_the_adapters(kit: Kit, tmp_path: Path) -> None:
     adapters = build(kit, "qwen2", tmp_path, lora("q_proj"), lora("v_proj"))
-    with pytest.raises(inlay.InlayError, match="3 adapter weights for 2 adapters"):
+    with pytest.raises(inlay.InlayError, match="3 for 2 adapters"):
         inlay.make_plan(kit.base("qwen2"), adapters, weights=[1, 1, 1])
 
 

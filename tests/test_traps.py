@@ -505,8 +505,8 @@ QUANTISATIONS = {
 }
 
 
-def quantised(kit: Kit, root: Path, name: str) -> Path:
-    """A base whose linear weights are codes and whose embeddings, norms and head are float."""
+def without_scales(kit: Kit, root: Path, name: str) -> Path:
+    """A base whose linear weights are codes that nothing scales."""
     import torch
 
     settings, dtype, shape = QUANTISATIONS[name]
@@ -520,8 +520,8 @@ def quantised(kit: Kit, root: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", QUANTISATIONS)
-def test_17_merging_into_codes_is_refused(kit: Kit, name: str, tmp_path: Path) -> None:
-    base = quantised(kit, tmp_path, name)
+def test_17_codes_without_scales_are_refused(kit: Kit, name: str, tmp_path: Path) -> None:
+    base = without_scales(kit, tmp_path, name)
     with pytest.raises(inlay.InlayError) as error:
         inlay.make_plan(base, [kit.adapter("qwen2-plain")], output_dir=tmp_path / "out")
     assert "quantised" in str(error.value)
@@ -532,11 +532,13 @@ def test_17_merging_into_codes_is_refused(kit: Kit, name: str, tmp_path: Path) -
 
 def test_17_float_tensors_of_a_quantised_base_stay_off_its_grid(kit: Kit, tmp_path: Path) -> None:
     """A LoRA on the head alone: the head is merged as the float it is, and every code is copied."""
-    base = quantised(kit, tmp_path, "bnb 4 bit")
+    base = tmp_path / "nf4"
+    inlay.run_plan(inlay.make_plan(kit.base("qwen2", "BF16"), [], quant=inlay.Quant(method="bnb", bits=4)), base)
     adapter = build(kit, tmp_path, lora("lm_head", alpha=6, save_embedding_layers=False))
-    merged = merge(base, [adapter], tmp_path / "out")
-    assert differing(read(base), read(merged)) == ["lm_head.weight"]
-    assert np.array_equal(float64(read(merged)["lm_head.weight"]), expected(base, adapter, "lm_head", 6 / 4, "BF16"))
+    inlay.run_plan(inlay.make_plan(base, [adapter], quant=inlay.Quant(keep=True)), tmp_path / "out")
+    assert differing(read(base), read(tmp_path / "out")) == ["lm_head.weight"]
+    head = float64(read(tmp_path / "out")["lm_head.weight"])
+    assert np.array_equal(head, expected(base, adapter, "lm_head", 6 / 4, "BF16"))
 
 
 def test_18_rows_beyond_the_vocabulary_are_appended(kit: Kit, tmp_path: Path) -> None:

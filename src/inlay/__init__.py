@@ -9,6 +9,7 @@ A merge is a plan, executed as a stream, and checked.
 Layers, imports go down only:
 
     cli                      parse, one library call, print
+    quantising               codes chosen with calibration
     run  verification        do the plan; check it, without trusting run
     plan                     decide: pure data, all problems at once
     keys                     module names ↔ checkpoint keys
@@ -16,7 +17,7 @@ Layers, imports go down only:
     records                  fingerprints, manifests
     adapters                 what training produced
     checkpoints              what is on disk: layouts, headers, spans
-    tuners                   the maths of each method
+    tuners  codecs           the maths of each method, and of each stored form
     dtypes  digests  errors  words everything shares
 
 From Python:
@@ -26,6 +27,7 @@ From Python:
     inlay.run_plan(plan, "merged")
     report = inlay.verify("base", ["adapter"], "merged")
     for key, tensor in inlay.merged_tensors(plan): …       # torch tensors, no files written
+    inlay.survival(plan).overall                           # how much of the adapters is in the result
 """
 
 from __future__ import annotations
@@ -40,9 +42,12 @@ if TYPE_CHECKING:  # names of the table below, for type checkers
     from inlay.checkpoints.checkpoint import Checkpoint, open_checkpoint
     from inlay.errors import InlayError
     from inlay.plan.build import make_plan
+    from inlay.plan.combination import Options
+    from inlay.plan.quant import Quant
     from inlay.plan.types import Plan, dumps, loads
     from inlay.run.combine import Combination, combine_adapters
     from inlay.run.execute import RunResult, run_plan
+    from inlay.run.survival import Survived, survival
     from inlay.run.tensors import merged_tensors
     from inlay.verification.report import Report
     from inlay.verification.verify import verify
@@ -52,9 +57,12 @@ _WHERE = {
     "Checkpoint": "checkpoints.checkpoint",
     "Combination": "run.combine",
     "InlayError": "errors",
+    "Options": "plan.combination",
     "Plan": "plan.types",
+    "Quant": "plan.quant",
     "Report": "verification.report",
     "RunResult": "run.execute",
+    "Survived": "run.survival",
     "combine_adapters": "run.combine",
     "dumps": "plan.types",
     "loads": "plan.types",
@@ -63,6 +71,7 @@ _WHERE = {
     "open_checkpoint": "checkpoints.checkpoint",
     "read_adapter": "adapters.adapter",
     "run_plan": "run.execute",
+    "survival": "run.survival",
     "verify": "verification.verify",
 }
 __all__ = [*_WHERE, "__version__"]

@@ -7,6 +7,7 @@ names it: a setting that changes the weights must not pass unnoticed.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,6 +80,15 @@ BASE_SHIFTING_INIT = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 @dataclass(frozen=True)
+class Strength:
+    """Rank, alpha and scaling of one module."""
+
+    rank: int
+    alpha: float
+    scaling: float
+
+
+@dataclass(frozen=True)
 class PeftConfig:
     """The part of an adapter's config that decides the merged weight, and what it says of itself."""
 
@@ -102,6 +112,7 @@ class PeftConfig:
     variant: str | None = None  # of LoRA, where it is no plain pair
     target_parameters: tuple[str, ...] = ()
     fixed_scaling: float | None = None  # where a file of another tool gives the scaling itself
+    strengths: Mapping[str, Strength] = dataclasses.field(default_factory=dict)  # where it gives them module by module
 
     @property
     def tuner(self) -> str:
@@ -113,24 +124,30 @@ class PeftConfig:
     @property
     def has_alpha(self) -> bool:
         """Whether the config has an alpha at all; some methods know none."""
-        return any(self.raw.get(name) is not None for name in ALPHA)
+        return bool(self.strengths) or any(self.raw.get(name) is not None for name in ALPHA)
 
     @property
     def has_rank(self) -> bool:
         """Whether the config gives a rank; some methods count blocks or frequencies instead."""
-        return self.peft_type == "LORA" or bool(self.raw.get("r"))
+        return self.peft_type == "LORA" or bool(self.raw.get("r")) or bool(self.strengths)
 
     def rank(self, module: str) -> int:
         """Rank that the config gives to `module` (its in-memory name)."""
+        if module in self.strengths:
+            return self.strengths[module].rank
         return int(self._patterns.value(self.rank_pattern, module, self.r))
 
     def alpha(self, module: str) -> float:
+        if module in self.strengths:
+            return self.strengths[module].alpha
         return float(self._patterns.value(self.alpha_pattern, module, self.lora_alpha))
 
     def scaling(self, module: str) -> float:
         """alpha / r, or alpha / sqrt(r) with rsLoRA, as float64."""
         if self.fixed_scaling is not None:
             return self.fixed_scaling
+        if module in self.strengths:
+            return self.strengths[module].scaling
         rank, alpha = self.rank(module), self.alpha(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
@@ -197,7 +214,7 @@ def _check_own(field: _Fields, kind: str) -> None:
 
 
 def _rank_pattern(field: _Fields, kind: str) -> dict[str, int]:
-    if kind == "ADALORA":  # there it lists which components were kept, which the tensors show
+    if kind in ("ADALORA", "OSF"):  # there it lists which components were kept, or shares, which the tensors show
         return {}
     return {k: field.as_rank(v, f"rank_pattern[{k!r}]") for k, v in field.table("rank_pattern").items()}
 

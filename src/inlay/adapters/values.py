@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from inlay.adapters.adapter import Adapter
-from inlay.checkpoints.header import TensorInfo
-from inlay.checkpoints.spans import SpanReader, TensorRef
+from inlay.checkpoints.refs import TensorInfo, TensorRef
+from inlay.checkpoints.spans import SpanReader
 from inlay.dtypes import Array, DType, decode32
 
 BLOCK_ELEMENTS = 1 << 20

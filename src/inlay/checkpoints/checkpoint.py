@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from inlay.checkpoints.header import Header, TensorInfo, read_header
+from inlay.checkpoints import pipeline
+from inlay.checkpoints.header import Header, read_header
 from inlay.checkpoints.json_files import read_json_object
+from inlay.checkpoints.refs import TensorInfo
 from inlay.checkpoints.torch_bin import read_torch_bin
 from inlay.digests import digest_json
 from inlay.errors import CheckpointError
@@ -35,6 +37,11 @@ class Checkpoint:
     """Weights, index and config of a model directory; headers only, no tensor data.
 
     `index_file` is None where one file holds everything. Shards are in the order of their names.
+
+    A diffusers pipeline has `components`, each a checkpoint of its own. Its shards and keys are theirs with the
+    component's folder in front (`unet/conv_in.weight`); in the files the keys stand without it.
+
+    The decoded form of a quantised checkpoint has that as `stored` (`inlay.checkpoints.decoded`).
     """
 
     path: Path
@@ -42,6 +49,13 @@ class Checkpoint:
     index_file: str | None
     config: Mapping[str, Any]
     index: Mapping[str, Any] = field(default_factory=dict)
+    components: Mapping[str, Checkpoint] = field(default_factory=dict)
+    stored: Checkpoint | None = None
+
+    @property
+    def on_disk(self) -> Checkpoint:
+        """The checkpoint as its files have it: itself, unless this is its decoded form."""
+        return self.stored or self
 
     @cached_property
     def tensors(self) -> dict[str, tuple[Shard, TensorInfo]]:
@@ -51,7 +65,8 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of all names, dtypes and shapes, and of nothing that a change of shard layout would touch."""
-        return digest_json(sorted((t.key, t.dtype.name, list(t.shape)) for _, t in self.tensors.values()))
+        tensors = self.on_disk.tensors.values()
+        return digest_json(sorted((t.key, t.dtype.name, list(t.shape)) for _, t in tensors))
 
     @property
     def nbytes(self) -> int:
@@ -63,11 +78,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read the headers of a model directory.
 
     `model.safetensors`, its sharded form with an index, `pytorch_model.bin` and its sharded form are
-    looked for in this order, as transformers does. Raises CheckpointError.
+    looked for in this order, as transformers does; or a diffusers pipeline. Raises CheckpointError.
     """
     directory = Path(path)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
+    if pipeline.is_pipeline(directory):
+        return _open_pipeline(directory)
     config_path = directory / "config.json"
     config = read_config(config_path) if config_path.exists() else {}
     for single in (SAFETENSORS, TORCH_BIN):
@@ -77,6 +94,35 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if (directory / index_file).exists():
             return _open_sharded(directory, index_file, config)
     raise CheckpointError(f"{directory}: {_what_is_here(directory)}")
+
+
+def _open_pipeline(directory: Path) -> Checkpoint:
+    components = {
+        name: _open_component(directory / name, file) for name, file in pipeline.weights_of(directory).items()
+    }
+    shards = tuple(_within(name, shard) for name, component in components.items() for shard in component.shards)
+    name = pipeline.class_name(directory)
+    return Checkpoint(directory, shards, None, {"architectures": [name]} if name else {}, components=components)
+
+
+def _open_component(directory: Path, file: str) -> Checkpoint:
+    """One model of a pipeline, by the file of its weights or their index."""
+    config_path = directory / "config.json"
+    config = read_config(config_path) if config_path.exists() else {}
+    if not file.endswith(".json"):
+        return Checkpoint(directory, (_read_shard(directory, file),), None, config)
+    if ".bin." in file:
+        raise CheckpointError(
+            f"{directory / file}: a component in several .bin files is not supported; save the pipeline as safetensors "
+            "first (diffusers: save_pretrained with safe_serialization=True)"
+        )
+    return _open_sharded(directory, file, config)
+
+
+def _within(folder: str, shard: Shard) -> Shard:
+    """The shard of a component as one of the pipeline."""
+    tensors = tuple(replace(t, key=f"{folder}/{t.key}") for t in shard.tensors)
+    return Shard(f"{folder}/{shard.file}", shard.nbytes, tensors, shard.header)
 
 
 # The fields that a merge looks at, and what they have to be.
@@ -104,6 +150,8 @@ def read_config(path: Path) -> dict[str, Any]:
 def _what_is_here(directory: Path) -> str:
     if (directory / "adapter_config.json").exists():
         return "this is an adapter, not a model: pass it with --adapters, and the base with --model"
+    if any(directory.glob("diffusion_pytorch_model*")):
+        return f"this is one component of a diffusers pipeline; pass the folder above, with its {pipeline.MODEL_INDEX}"
     return f"no weights found (looked for {SAFETENSORS}, {TORCH_BIN} and their {INDEX_SUFFIX})"
 
 
@@ -126,6 +174,7 @@ def _open_sharded(directory: Path, index_file: str, config: Mapping[str, Any]) -
         raise CheckpointError(f"{where}: weight_map must map tensor names to files")
     files = sorted(set(weight_map.values()))
     _check_files(directory, files, where)
+    _check_folders(weight_map, where)
     shards = tuple(_read_shard(directory, file) for file in files)
     _check_agreement(shards, weight_map, where)
     return Checkpoint(directory, shards, index_file, config, index)
@@ -139,6 +188,15 @@ def _check_files(directory: Path, files: list[str], where: Path) -> None:
     missing = [file for file in files if not (directory / file).is_file()]
     if missing:
         raise CheckpointError(f"{where}: {len(missing)} of {len(files)} shards missing: {', '.join(missing[:5])}")
+
+
+def _check_folders(weight_map: Mapping[str, str], where: Path) -> None:
+    """A key that begins with the folder of its shard would be taken for a component's."""
+    for key, file in weight_map.items():
+        if "/" in file and key.startswith(file.partition("/")[0] + "/"):
+            raise CheckpointError(
+                f"{where}: {key!r} begins with the folder of its shard, {file}; that is not supported"
+            )
 
 
 def _check_agreement(shards: tuple[Shard, ...], weight_map: Mapping[str, str], where: Path) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from inlay.checkpoints.refs import TensorInfo
 from inlay.digests import digest_bytes
 from inlay.dtypes import DTYPES, DType
 from inlay.errors import CheckpointError
@@ -27,21 +28,6 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 MAX_SIZE = 1 << 62
 ALIGNMENT = 8
 LFS_POINTER = b"version https://git-lfs"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where a tensor lies: bytes `[start, end)` of its file."""
-
-    key: str
-    dtype: DType
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.start
 
 
 @dataclass(frozen=True)

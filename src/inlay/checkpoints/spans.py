@@ -6,53 +6,24 @@ import math
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from inlay.checkpoints.header import TensorInfo
-from inlay.dtypes import Array, DType
+from inlay.checkpoints.made import Rows, maker
+from inlay.checkpoints.refs import Made, TensorRef
+from inlay.codecs.encoding import stored_item
+from inlay.dtypes import Array
 
 BASE = "base"
-INTERLEAVED_BYTES = 1 << 26
+KEPT_BYTES = 1 << 26
+KEPT_MAKERS = 8  # makers of tensors that are made: the tensors at hand and a few before them
 CHUNK_BYTES = 1 << 20  # of interleaved matrices that are not kept: they are read in pieces
 
 
 def adapter_root(position: int) -> str:
     """Name of the root directory of the adapter at `position` in the list."""
     return f"adapter{position}"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRef:
-    """A tensor by reference: `start` is its first byte in `file`, which lies under a named root."""
-
-    root: str
-    file: str
-    key: str
-    dtype: DType
-    shape: tuple[int, ...]
-    start: int
-
-    @classmethod
-    def of(cls, root: str, file: str, info: TensorInfo) -> TensorRef:
-        return cls(root, file, info.key, info.dtype, info.shape, info.start)
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.nbytes(self.count)
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """Shape as rows and columns: the first axis, and the rest flattened; a vector is one row."""
-        if len(self.shape) < 2:
-            return 1, self.count
-        return self.shape[0], self.count // self.shape[0] if self.shape[0] else 0
 
 
 def byte_view(array: Array) -> memoryview:
@@ -63,14 +34,16 @@ def byte_view(array: Array) -> memoryview:
 class SpanReader:
     """Reads spans by reference from any thread; files are opened once and closed together.
 
-    Up to `cache_bytes` of interleaved factors (LoRA on stacks of experts) are kept, each expert's apart.
+    Up to `cache_bytes` are kept of what is read in pieces over and over: interleaved factors (LoRA on stacks of
+    experts), each expert's apart, and the parts of quantised weights.
     """
 
-    def __init__(self, roots: Mapping[str, Path], cache_bytes: int = INTERLEAVED_BYTES) -> None:
+    def __init__(self, roots: Mapping[str, Path], cache_bytes: int = KEPT_BYTES) -> None:
         self._roots = dict(roots)
         self._cache_bytes = cache_bytes
         self._cache: dict[tuple[TensorRef, int], Array] = {}
-        self._cache_lock = threading.Lock()
+        self._makers: dict[Made, Rows] = {}
+        self._cache_lock = threading.RLock()
         self._open: dict[tuple[str, str], int] = {}
         self._lock = threading.Lock()
 
@@ -95,6 +68,9 @@ class SpanReader:
 
     def into(self, ref: TensorRef, offset: int, out: Array) -> None:
         """Fill the contiguous array `out` from byte `offset` of the tensor."""
+        if ref.made is not None:
+            self._make(ref, ref.made, offset, out)
+            return
         buffer = byte_view(out)
         fd, at, done = self.fileno(ref.root, ref.file), ref.start + offset, 0
         while done < len(buffer):
@@ -107,7 +83,7 @@ class SpanReader:
         """Stored bits of rows `[first, last)` of the tensor's matrix, shape (last - first, cols)."""
         count, cols = ref.matrix
         assert 0 <= first <= last <= count, f"{ref.key} has {count} rows, wanted [{first}, {last})"
-        raw = np.dtype(ref.dtype.raw)
+        raw = stored_item(ref.dtype)
         block = np.empty((last - first, cols), raw) if out is None else out[: (last - first) * cols].reshape(-1, cols)
         if block.size:
             self.into(ref, first * cols * raw.itemsize, block)
@@ -160,11 +136,55 @@ class SpanReader:
             if found is None:
                 while self._cache and sum(a.nbytes for a in self._cache.values()) + ref.nbytes > self._cache_bytes:
                     del self._cache[next(iter(self._cache))]
-                flat = np.empty(ref.count, np.dtype(ref.dtype.raw))
+                flat = np.empty(ref.count, stored_item(ref.dtype))
                 self.into(ref, 0, flat)
                 found = np.ascontiguousarray(flat.reshape(-1, count).T)
             self._cache[ref, count] = found
             return found
+
+    def slice(self, ref: TensorRef, span: tuple[int, int, int] | None) -> Array:
+        """Stored bits of a range of one axis, (axis, begin, end), or of all of it, with the tensor's own axes."""
+        if span is None:
+            return self._kept(ref)
+        axis, begin, end = span
+        if axis == 0:
+            row = math.prod(ref.shape[1:]) * stored_item(ref.dtype).itemsize
+            block = np.empty((end - begin, *ref.shape[1:]), stored_item(ref.dtype))
+            self.into(ref, begin * row, block)
+            return block
+        assert axis == 1, f"{ref.key}: a range of axis {axis}"
+        if ref.nbytes <= self._cache_bytes or len(ref.shape) > 2:
+            return self._kept(ref)[:, begin:end]
+        return self.view(ref, begin, (ref.shape[0], end - begin), (ref.shape[1], 1))
+
+    def _kept(self, ref: TensorRef) -> Array:
+        """The tensor, kept for the next time where there is room."""
+        if ref.nbytes > self._cache_bytes:
+            whole = np.empty(ref.shape, stored_item(ref.dtype))
+            self.into(ref, 0, whole)
+            return whole
+        return self._apart(ref, 1).reshape(ref.shape)
+
+    def _make(self, ref: TensorRef, made: Made, offset: int, out: Array) -> None:
+        """Values of a tensor that no file holds, from byte `offset` of it."""
+        start = (ref.start + offset) // out.itemsize
+        first, last = start // made.cols, -(-(start + out.size) // made.cols)
+        values = self.maker(made)(first, last).reshape(-1)[start - first * made.cols :]
+        out.reshape(-1)[:] = values[: out.size]
+
+    def maker(self, made: Made) -> Rows:
+        """The function that makes rows of such a tensor; the last few are kept."""
+        with self._lock:
+            found = self._makers.pop(made, None)
+            if found is not None:
+                self._makers[made] = found
+                return found
+        found = maker(self, made)  # reads, so not under the lock; two threads may make the same
+        with self._lock:
+            while len(self._makers) >= KEPT_MAKERS:
+                del self._makers[next(iter(self._makers))]
+            self._makers[made] = found
+        return found
 
     def whole(self, ref: TensorRef) -> Array:
         """Stored bits of the tensor in its own shape."""

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from inlay.checkpoints.header import LFS_POINTER, MAX_HEADER_BYTES, MAX_SIZE, TensorInfo
+from inlay.checkpoints.header import LFS_POINTER, MAX_HEADER_BYTES, MAX_SIZE
+from inlay.checkpoints.refs import TensorInfo
 from inlay.dtypes import DTYPES, DType
 from inlay.errors import CheckpointError
 

@@ -16,6 +16,7 @@ def export(parser: argparse.ArgumentParser) -> None:
         "--verify", nargs="?", const="sample", default="sample", choices=("full", "sample", "none"),
         help="check before publishing: every element, a sample of rows and all files (default), or nothing",
     )  # fmt: skip
+    options.add_codes(parser)
     parser.add_argument("--safe_serialization", type=options.boolean, default=True, help=argparse.SUPPRESS)
     options.add_resources(parser)
     options.add_printing(parser)
@@ -26,6 +27,7 @@ def plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", default=None, metavar="DIR", help="check this destination too")
     options.add_flag(parser, "--exist_ok", help="the destination may exist")
     options.add_flag(parser, "--merge_lora", help=argparse.SUPPRESS)
+    options.add_codes(parser)
     options.add_resources(parser)
     options.add_printing(parser)
 

@@ -9,13 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-from inlay.cli.plan import plan_from
+from inlay.cli.plan import describe_survival, plan_from
 from inlay.cli.progress import Bar
 from inlay.cli.text import plural, size
 from inlay.cli.verify import describe as describe_report
 from inlay.errors import CheckFailed, InputError
 from inlay.plan.types import Plan
 from inlay.run.execute import run_plan
+from inlay.run.survival import Survived, require_survival
 from inlay.verification.report import Report
 from inlay.verification.verify import verify_plan
 
@@ -24,11 +25,13 @@ def run(args: argparse.Namespace) -> int:
     _check_request(args)
     started = time.monotonic()
     output_dir = args.output_dir or _default_output(args.adapters[0])
-    plan = plan_from(args, output_dir)
+    plan, survived = plan_from(args, output_dir)
+    if not args.accept_loss:
+        require_survival(survived)
     if not args.quiet:
         for warning in plan.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-    report = _merge(plan, args, output_dir)
+    report = _merge(plan, survived, args, output_dir)
     seconds = time.monotonic() - started
     if args.json:
         facts = {
@@ -39,12 +42,15 @@ def run(args: argparse.Namespace) -> int:
             "seconds": round(seconds, 3),
             "warnings": list(plan.warnings),
             "notes": list(plan.notes),
+            "survival": survived and survived.to_json(),
             "verify": report and report.to_json(),
         }
         print(json.dumps(facts, indent=1, ensure_ascii=False))
     elif not args.quiet:
         if report is not None:
             print(describe_report(report))
+        if survived is not None:
+            print(describe_survival(survived))
         print(f"{size(plan.cost.written)} in {plural(len(plan.shards), 'shard')}, {seconds:.1f} s: {output_dir}")
     return 0
 
@@ -54,6 +60,8 @@ def _default_output(adapter: str) -> str:
     if not os.path.exists(adapter):
         return f"{adapter.replace('/', '--')}-merged"
     path = os.path.normpath(adapter)
+    if os.path.isfile(path):
+        return f"{os.path.splitext(path)[0]}-merged"
     return f"{os.path.abspath(path) if os.path.basename(path) in ('.', '..') else path}-merged"
 
 
@@ -70,7 +78,7 @@ def _check_request(args: argparse.Namespace) -> None:
         raise InputError(f"--num_threads must be positive, not {args.num_threads}")
 
 
-def _merge(plan: Plan, args: argparse.Namespace, output_dir: str) -> Report | None:
+def _merge(plan: Plan, survived: Survived | None, args: argparse.Namespace, output_dir: str) -> Report | None:
     """Run the plan, verifying before publication."""
     found: list[Report] = []
 
@@ -94,5 +102,7 @@ def _merge(plan: Plan, args: argparse.Namespace, output_dir: str) -> Report | No
             device=args.device_map,
             progress=bar,
             check=None if args.verify == "none" else check,
+            survived=survived,
+            accept_loss=args.accept_loss,
         )
     return found[0] if found else None

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from inlay.adapters.adapter import CONFIG, Adapter, read_adapter
+from inlay.adapters.adapter import Adapter, is_adapter, read_adapter
 from inlay.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from inlay.checkpoints.header import TensorInfo
+from inlay.checkpoints.refs import TensorInfo
 from inlay.cli.plan import describe_meeting
 from inlay.cli.sources import resolve
 from inlay.cli.text import count, plural, rows, size
@@ -61,7 +61,7 @@ def _inspect_several(paths: Sequence[Path], base: Checkpoint | None, as_json: bo
 
 def inspect_path(path: Path, base: Checkpoint | None = None) -> dict[str, Any]:
     """Facts on a directory: `kind` is adapter, merged or model."""
-    if (path / CONFIG).exists():
+    if is_adapter(path):
         return _adapter_facts(read_adapter(path), base)
     checkpoint = open_checkpoint(path)
     try:
@@ -78,6 +78,7 @@ def _adapter_facts(adapter: Adapter, base: Checkpoint | None) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "kind": "adapter",
         "path": str(adapter.path),
+        "format": adapter.format,
         "tuner": config.tuner,
         "rank": sorted({config.rank(m) for m in adapter.parts if config.has_rank}),
         "alpha": sorted({config.alpha(m) for m in adapter.parts if is_lora or config.has_alpha}),
@@ -107,6 +108,7 @@ def _checkpoint_facts(checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
         "path": str(checkpoint.path),
         "architecture": (checkpoint.config.get("architectures") or [None])[0],
         "model_type": checkpoint.config.get("model_type"),
+        "components": {name: _component(part) for name, part in checkpoint.components.items()},
         "quantised": quantised.get("quant_method") if isinstance(quantised, dict) else None,
         "shards": len(checkpoint.shards),
         "tensors": len(tensors),
@@ -115,6 +117,12 @@ def _checkpoint_facts(checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "headers": checkpoint.fingerprint,
     }
+
+
+def _component(checkpoint: Checkpoint) -> str:
+    """One model of a pipeline in a few words."""
+    dtypes = _dtypes(t for _, t in checkpoint.tensors.values())
+    return f"{plural(len(checkpoint.tensors), 'tensor')}, {size(checkpoint.nbytes)}, {', '.join(dtypes)}"
 
 
 def _recipe(manifest: Mapping[str, Any] | None) -> dict[str, Any]:

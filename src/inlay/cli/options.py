@@ -10,7 +10,11 @@ import argparse
 import difflib
 import os
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from inlay.plan.combination import Options
+    from inlay.plan.quant import Quant
 
 EXAMPLES = """examples:
   inlay export --model BASE --adapters ADAPTER --merge_lora true --output_dir OUT
@@ -26,6 +30,8 @@ COMBINE_METHODS = (
     "cat", "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd",
     "magnitude_prune", "magnitude_prune_svd",
 )  # fmt: skip
+# Those of `inlay.tuners.mixing.METHODS`.
+MIX_METHODS = ("breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "slerp", "model_stock")
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,7 +94,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--adapters", "--adapter", "--ckpt_dir", nargs="+", action=Items, default=[], metavar="DIR",
-        help="adapters in the order in which they are applied",
+        help="adapters in the order in which they are applied: folders, or the single file of an image LoRA",
     )  # fmt: skip
     group.add_argument(
         "--adapter_weights",
@@ -99,9 +105,21 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
         help="a factor for each adapter (1.0 each)",
     )
     group.add_argument(
-        "--combine", default=None, choices=("sum", "override"),
-        help="several adapters: sum (default), or let the later one win where full copies contradict each other",
+        "--combine", "--combination_type", default=None, choices=("sum", "override", *COMBINE_METHODS, *MIX_METHODS),
+        metavar="METHOD",
+        help="several adapters: sum (default); override, where the later one wins if full copies contradict each "
+        f"other; PEFT's {', '.join(COMBINE_METHODS)}; mergekit's {', '.join(MIX_METHODS)}",
     )  # fmt: skip
+    _add_combine_options(group)
+    group.add_argument(
+        "--gamma", default=None, type=float, metavar="G",
+        help="breadcrumbs: share of the largest elements to drop (0.01)",
+    )  # fmt: skip
+    group.add_argument(
+        "--epsilon", default=None, type=float, metavar="E",
+        help="della: how far the probability of keeping an element goes from the density (0.15)",
+    )  # fmt: skip
+    _add_base_codes(group)
     group.add_argument("--revision", "--model_revision", default=None, help="revision of a base from the Hub")
     add_flag(group, "--use_modelscope", help="take ids from ModelScope instead of the Hugging Face Hub")
     group.add_argument("--train_type", "--tuner_type", "--sft_type", default=None, help=argparse.SUPPRESS)
@@ -115,6 +133,52 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     dtype.add_argument(
         "--max_shard_size", default=None, metavar="SIZE", help="largest shard, e.g. 5GB; the base's layout if not given"
     )
+
+
+def _add_base_codes(group: argparse._ArgumentGroup) -> None:
+    """What a base is taken for, where codes come in."""
+    group.add_argument(
+        "--base_as", default=None, choices=("dequantised", "simulated", "original"),
+        help="a base in codes is taken dequantised; a 16-bit one as it is (original), or as a quantiser would leave it "
+        "(simulated), which is what a QLoRA adapter was trained against",
+    )  # fmt: skip
+    group.add_argument(
+        "--trained_quant", default=None, metavar="FORM",
+        help="how the base was quantised in training: nf4, nf4-single, fp4, fp4-single, int8 (the adapter's args.json)",
+    )  # fmt: skip
+
+
+def add_codes(parser: argparse.ArgumentParser) -> None:
+    """Options for a result in codes."""
+    group = parser.add_argument_group("result in codes")
+    add_flag(group, "--keep_quant", help="keep the base's codes: what an adapter changes is encoded again")
+    group.add_argument(
+        "--scales",
+        default=None,
+        choices=("reuse", "fresh"),
+        help="--keep_quant: the stored scales (reuse), or new ones",
+    )
+    add_flag(group, "--accept_loss", help="even if the codes are too coarse for half of what the adapters add")
+    group.add_argument(
+        "--keep_16bit",
+        default=None,
+        metavar="auto|REGEX",
+        help="modules that stay in 16 bits; auto: those that lose most",
+    )
+    group.add_argument(
+        "--quant_method", default=None, metavar="METHOD",
+        help="store the result in codes: bnb, fp8, int8, mxfp4, rtn (at once), awq, gptq (with calibration)",
+    )  # fmt: skip
+    group.add_argument("--quant_bits", default=None, type=int, metavar="N", help="bits of a code, 4 or 8")
+    group.add_argument("--group_size", default=None, type=int, metavar="N", help="columns that share a scale (128)")
+    group.add_argument("--quant_config", default=None, metavar="JSON", help="further options of the method")
+    group.add_argument("--dataset", default=None, metavar="FILE", help="calibration texts (a small set of inlay's own)")
+    group.add_argument("--quant_n_samples", default=None, type=int, metavar="N", help="calibration samples")
+    group.add_argument("--max_length", default=None, type=int, metavar="N", help="tokens in a calibration sample")
+    group.add_argument(
+        "--survival", default="sample", choices=("sample", "full"),
+        help="how much of the adapters is in the result: on a sample of rows, or on everything",
+    )  # fmt: skip
 
 
 def add_resources(parser: argparse.ArgumentParser) -> None:
@@ -150,12 +214,19 @@ def add_combining(parser: argparse.ArgumentParser) -> None:
         "--combine", "--combination_type", default="cat", choices=COMBINE_METHODS, metavar="METHOD",
         help=f"{', '.join(COMBINE_METHODS)}; cat, the default, is the exact sum",
     )  # fmt: skip
+    _add_combine_options(group)
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="where to write the adapter")
+    add_flag(parser, "--exist_ok", help="replace an adapter that is there, once the new one is whole")
+    add_printing(parser)
+
+
+def _add_combine_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--density",
         default=None,
         type=float,
         metavar="D",
-        help="share of elements to keep: ties, dare, magnitude_prune",
+        help="share of elements to keep: ties, dare, magnitude_prune, breadcrumbs, della",
     )
     group.add_argument(
         "--majority_sign_method", default=None, choices=("total", "frequency"),
@@ -164,10 +235,42 @@ def add_combining(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--svd_rank", default=None, type=int, metavar="R", help="rank of svd and …_svd (largest of the adapters)"
     )
-    group.add_argument("--seed", default=None, type=int, metavar="N", help="decides what dare drops (0)")
-    parser.add_argument("--output_dir", required=True, metavar="DIR", help="where to write the adapter")
-    add_flag(parser, "--exist_ok", help="replace an adapter that is there, once the new one is whole")
-    add_printing(parser)
+    group.add_argument("--seed", default=None, type=int, metavar="N", help="decides what dare and della drop (0)")
+
+
+def combine_options(args: argparse.Namespace) -> Options:
+    """The settings of the way to combine."""
+    from inlay.plan.combination import Options
+
+    return Options(
+        args.density, args.majority_sign_method, args.svd_rank, args.seed,
+        getattr(args, "gamma", None), getattr(args, "epsilon", None),
+    )  # fmt: skip
+
+
+def quant(args: argparse.Namespace) -> Quant:
+    """What is asked of codes; without calibration, which is a step of its own."""
+    import json
+
+    from inlay.errors import InputError
+    from inlay.plan.quant import CALIBRATED, Quant
+
+    given = getattr(args, "quant_config", None)
+    try:
+        config = None if given is None else json.loads(given)
+    except ValueError as error:
+        raise InputError(f"--quant_config is not JSON: {error}") from None
+    if config is not None and not isinstance(config, dict):
+        raise InputError(f"--quant_config must be a JSON object, found {given}")
+    method = getattr(args, "quant_method", None)
+    if method in CALIBRATED:
+        return Quant(args.base_as, args.trained_quant)
+    keep_16bit = getattr(args, "keep_16bit", None)
+    return Quant(
+        args.base_as, args.trained_quant, getattr(args, "keep_quant", False), getattr(args, "scales", None),
+        None if keep_16bit == "auto" else keep_16bit, method, getattr(args, "quant_bits", None),
+        getattr(args, "group_size", None), config,
+    )  # fmt: skip
 
 
 def torch_dtype(args: argparse.Namespace) -> str | None:

@@ -4,33 +4,68 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from inlay.cli import options
 from inlay.cli.sources import find_model, open_adapters
 from inlay.cli.text import count, plural, rows, size
 from inlay.plan.build import make_plan
 from inlay.plan.meeting import Meeting, meet
+from inlay.plan.quant import Quant
 from inlay.plan.types import Plan, to_json
+from inlay.run.survival import Survived, require_survival, survival, worst_modules
 
 SHOWN = 8
 LEAST_AGREED = 3
 
 
 def run(args: argparse.Namespace) -> int:
-    plan = plan_from(args, args.output_dir)
+    plan, survived = plan_from(args, args.output_dir)
     meetings = meet(plan) if len(plan.adapters) > 1 else []
     if args.json:
         met = {"meeting": [m.to_json([a.name for a in plan.adapters]) for m in meetings]} if meetings else {}
-        print(json.dumps({**to_json(plan), **met, "digest": plan.digest}, indent=1, ensure_ascii=False))
+        left = {"survival": {**survived.to_json(), "of": [s.to_json() for s in survived.tensors]}} if survived else {}
+        value = {**to_json(plan), **met, **left, "digest": plan.digest}
+        json.dump(value, sys.stdout, indent=1, ensure_ascii=False)  # piece by piece: the text can be 60 MB
+        print()
     else:
-        print("\n\n".join(part for part in (describe(plan), describe_meeting(plan, meetings)) if part))
+        left_of = _listed("what survives", [describe_survival(survived)]) if survived else ""
+        print("\n\n".join(part for part in (describe(plan), left_of, describe_meeting(plan, meetings)) if part))
+    if not args.accept_loss:
+        require_survival(survived)
     return 0
 
 
-def plan_from(args: argparse.Namespace, output_dir: str | None) -> Plan:
-    """The plan that the options ask for."""
+def plan_from(args: argparse.Namespace, output_dir: str | None) -> tuple[Plan, Survived | None]:
+    """The plan that the options ask for, and how much of the adapters would survive.
+
+    With `--keep_16bit auto` a first plan tells which modules stay in 16 bits.
+    """
+    quant = options.quant(args)
+    plan = _plan(args, output_dir, quant)
+    survived = survival(plan, full=args.survival == "full" or args.keep_16bit == "auto")
+    if args.keep_16bit == "auto" and survived and (worst := worst_modules(survived)):
+        pattern = f"^(?:{'|'.join(map(re.escape, worst))})$"
+        plan = _plan(args, output_dir, replace(quant, keep_16bit=pattern))
+        survived = survival(plan, full=args.survival == "full")
+    return plan, survived
+
+
+def describe_survival(survived: Survived) -> str:
+    """One line for people."""
+    o = survived.overall
+    how = f"a sample of {plural(len(survived.tensors), 'tensor')}" if survived.sampled else "every element"
+    return (
+        f"{o.kept:.1%} of what the adapters add is in the result, with an error of {o.error:.2%} of its size; "
+        f"{o.changed:.1%} of the elements change ({how})"
+    )
+
+
+def _plan(args: argparse.Namespace, output_dir: str | None, quant: Quant) -> Plan:
     adapters = open_adapters(args)
     return make_plan(
         find_model(args, adapters),
@@ -38,6 +73,8 @@ def plan_from(args: argparse.Namespace, output_dir: str | None) -> Plan:
         weights=options.weights(args),
         torch_dtype=options.torch_dtype(args),
         combine_by=args.combine or "sum",
+        options=options.combine_options(args),
+        quant=quant,
         max_shard_size=args.max_shard_size,
         max_memory=args.max_memory,
         output_dir=output_dir,
@@ -129,7 +166,8 @@ def _sidecars(plan: Plan) -> list[str]:
     groups: dict[str, list[str]] = {}
     for sidecar in plan.sidecars:
         where = "base" if sidecar.root == "base" else plan.adapters[int(sidecar.root.removeprefix("adapter"))].name
-        edited = " (edited)" if sidecar.edits else f" (from {sidecar.source})" if sidecar.source != sidecar.file else ""
+        changed = sidecar.edits or sidecar.removed
+        edited = " (edited)" if changed else f" (from {sidecar.source})" if sidecar.source != sidecar.file else ""
         groups.setdefault(where, []).append(sidecar.file + edited)
     return [f"from {where}: {', '.join(files)}" for where, files in groups.items()]
 

@@ -15,7 +15,7 @@ _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def resolve(name: str, revision: str | None = None, use_modelscope: bool = False) -> Path:
-    """Local directory of a model or adapter; an id is downloaded (or found in the local cache)."""
+    """Local directory of a model or adapter, or an adapter's file; an id is downloaded, or found in the local cache."""
     path = Path(name)
     if os.path.exists(path):  # False for names that no file system can hold
         return path
@@ -48,7 +48,7 @@ def open_adapters(args: argparse.Namespace) -> list[Adapter]:
     adapters: list[Adapter] = []
     for name in args.adapters:
         path = resolve(name, None, args.use_modelscope)
-        label = path.resolve().name
+        label = path.stem if path.is_file() else path.resolve().name
         taken = [a.name for a in adapters]
         unique = label if label not in taken else f"{label}#{taken.count(label) + 1}"
         adapters.append(read_adapter(path, unique))

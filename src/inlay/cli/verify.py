@@ -6,6 +6,8 @@ import argparse
 import json
 from collections import defaultdict
 
+from inlay.checkpoints.checkpoint import open_checkpoint
+from inlay.checkpoints.decoded import quantisation
 from inlay.cli import options
 from inlay.cli.sources import find_model, open_adapters
 from inlay.cli.text import count, plural
@@ -18,6 +20,7 @@ SHOWN = 6
 MEANING = {
     verdicts.BASE: "the base's own",
     verdicts.EXACT: "base + adapters, every element correctly rounded",
+    verdicts.ENCODED: "parts of weights in codes, each as near as its form allows",
     verdicts.ROUNDED: "base + adapters, off by roundings",
     verdicts.UNMERGED: "NOT MERGED: should be base + adapters, is the base",
     verdicts.CHANGED: "CHANGED: should be the base, is not",
@@ -29,15 +32,18 @@ MEANING = {
 
 def run(args: argparse.Namespace) -> int:
     adapters = open_adapters(args)
-    if not adapters:
+    model = find_model(args, adapters)
+    if not adapters and not options.torch_dtype(args) and quantisation(open_checkpoint(model)) is None:
         raise InputError("give --adapters: what should be in the directory beside the base")
     report = verify(
-        find_model(args, adapters),
+        model,
         adapters,
         args.merged,
         weights=options.weights(args),
         torch_dtype=options.torch_dtype(args),
         combine_by=args.combine,
+        options=options.combine_options(args),
+        quant=options.quant(args),
         max_shard_size=args.max_shard_size,
         full=args.verify == "full",
     )

@@ -4,22 +4,41 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _SPACE = re.compile(r"[ \t\r\n\ufeff]*")  # with a byte order mark, which some editors leave
 _DECODER = json.JSONDecoder()
 
 
-def edit_json(text: str, edits: Mapping[str, Any]) -> str:
+def edit_json(text: str, edits: Mapping[str, Any], removed: Sequence[str] = ()) -> str:
     """`text` with the values at the dotted paths in `edits` replaced, or added where they are missing.
 
-    Law: parsing the result gives the parsed input with exactly these values set. New members go to the
-    end of their object, in its own style of indentation.
+    Law: parsing the result gives the parsed input with exactly these values set, and those at the paths in
+    `removed` gone. New members go to the end of their object, in its own style of indentation.
     """
+    for path in removed:
+        text = _remove(text, path.split("."))
     for path, value in edits.items():
         text = _edit(text, path.split("."), value)
     return text
+
+
+def _remove(text: str, path: list[str]) -> str:
+    start = _skip(text, 0)
+    for name in path[:-1]:
+        start = _members(text, start)[name][0]
+    members = _members(text, start)
+    if path[-1] not in members:
+        return text
+    order = sorted(members.values())
+    at = order.index(members[path[-1]])
+    end = order[at][1]
+    if at:  # from the end of the value before it, so that its comma goes too
+        return text[: order[at - 1][1]] + text[end:]
+    if len(order) == 1:
+        return text[: start + 1] + text[_skip(text, end) :]
+    return text[: _skip(text, start + 1)] + text[_skip(text, text.index(",", end) + 1) :]
 
 
 def _edit(text: str, path: list[str], value: Any) -> str:

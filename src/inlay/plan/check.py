@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from inlay.adapters.adapter import Adapter
 from inlay.adapters.values import scan_values
@@ -12,9 +12,10 @@ from inlay.checkpoints.spans import BASE
 from inlay.errors import Problem
 from inlay.keys import families
 from inlay.keys.rules import AS_THEY_ARE
-from inlay.plan import sidecars
+from inlay.plan import experts, sidecars
 from inlay.plan.placer import Contribution
-from inlay.plan.types import Entry
+from inlay.plan.types import Entry, Settings
+from inlay.tuners import dense
 
 SHIFTED = {
     "pissa": "its largest singular components",
@@ -38,11 +39,25 @@ def check_adapters(base: Checkpoint, contributions: Sequence[Contribution], find
     for found in contributions:
         findings.problems += found.problems
         _check_values(found, findings)
-        findings.warnings += _missing_targets(found)
+        findings.warnings += _missing_targets(found) + _missing_parameters(found)
+        if head := found.adapter.value_head:
+            findings.warnings.append(
+                f"{found.adapter.name}: {head}, the value head of a reward model, is not merged: the base has no such "
+                "layer; load it beside the merged model"
+            )
         if not found.keys and not found.problems:
-            findings.problems.append(Problem(found.adapter.name, "has no tensors"))
+            findings.problems.append(Problem(found.adapter.name, _nothing(found)))
         findings.hints += _hints(base, found) if found.problems else []
         findings.notes += _notes(found)
+
+
+def _nothing(found: Contribution) -> str:
+    """Why an adapter without parts of any module cannot be merged."""
+    config = found.adapter.config
+    if not found.adapter.shared or config.peft_type not in dense.FILES:
+        return "has no tensors"
+    why = getattr(dense.tuner(config.tuner), "MISSING", "")
+    return f"has no parts of any module; {why}" if why else "has no parts of any module"
 
 
 def _hints(base: Checkpoint, found: Contribution) -> list[str]:
@@ -62,9 +77,18 @@ def _notes(found: Contribution) -> list[str]:
         notes.append(
             f"{name}: trained on the base without {SHIFTED[found.adapter.config.variant]}; it is computed again"
         )
+    if said := _remark(found):
+        notes.append(f"{name}: {said}")
     if found.rule != AS_THEY_ARE:
         notes.append(f"{name}: {found.rule}")
     return notes
+
+
+def _remark(found: Contribution) -> str | None:
+    """What the file of the tuner has to say of such a config."""
+    config = found.adapter.config
+    file = dense.tuner(config.tuner) if config.peft_type in dense.FILES else None
+    return str(said) if hasattr(file, "remark") and (said := file.remark(config.raw)) else None  # type: ignore[union-attr]
 
 
 def _check_values(found: Contribution, findings: Findings) -> None:
@@ -72,8 +96,9 @@ def _check_values(found: Contribution, findings: Findings) -> None:
     findings.problems += [Problem(key, f"NaN or Inf in adapter {found.adapter.name}") for key in values.nonfinite]
     if found.adapter.config.peft_type != "LORA":
         return
-    acting = [t.key for t in found.adapter.tensors if "lora_A" not in t.key and "lora_embedding_A" not in t.key]
-    if acting and set(acting) <= set(values.zero):
+    parts = [(name, t) for module in found.adapter.parts.values() for name, t in module.items()]
+    acting = [t.key for name, t in parts if name not in ("lora_A", "lora_embedding_A")]
+    if acting and set(acting) <= set(values.zero) and not found.adapter.full:  # a full copy of zeros does something
         findings.warnings.append(f"{found.adapter.name} is zero everywhere: the merged weights equal the base")
 
 
@@ -88,21 +113,42 @@ def _missing_targets(found: Contribution) -> list[str]:
     ]
 
 
-def check_base(base: Checkpoint, adapters: Sequence[Adapter], changes_type: bool, findings: Findings) -> None:
-    """Whether this is the base that the adapters were trained on, and one that can be added to."""
-    quantised = base.config.get("quantization_config")
-    if isinstance(quantised, dict) and (findings.problems or changes_type):
-        # One problem says it all; the codes of each tensor would only repeat it.
-        findings.problems[:] = [p for p in findings.problems if " codes, " not in p.what]
-        what = f"is quantised ({quantised.get('quant_method')}), and merging into codes is not supported"
-        findings.problems.insert(0, Problem(str(base.path), f"{what}: give the 16-bit original with --model"))
+def _missing_parameters(found: Contribution) -> list[str]:
+    """Bare parameters that the config lists and the file has no pair for; PEFT (0.21) loads it without a word."""
+    return [
+        f"{found.adapter.name}: target_parameters lists {target!r}, the file has nothing for it"
+        for target in found.adapter.config.target_parameters
+        if not any(experts.names(target, parameter) for parameter in found.parameters)
+    ]
+
+
+def check_base(base: Checkpoint, adapters: Sequence[Adapter], findings: Findings) -> None:
+    """Whether this is the base that the adapters were trained on."""
     for i, adapter in enumerate(adapters):
         recorded = adapter.fingerprint.get("headers")
         if recorded and recorded != base.fingerprint:
             what = f"was trained on another base: recorded {recorded}, this one is {base.fingerprint}"
             findings.problems.append(Problem(adapter.name, what))
         if adapters[:i] and adapter.digest in {a.digest for a in adapters[:i]}:
-            findings.warnings.append(f"{adapter.name} is given twice: its effect is added twice")
+            findings.warnings.append(f"{adapter.name} is given twice: it counts twice")
+
+
+def check_pipeline(base: Checkpoint, settings: Settings, findings: Findings) -> Settings:
+    """What cannot be done with a diffusers pipeline; the settings without it, to plan on for further problems."""
+    where = str(base.path)
+    if settings.max_shard_bytes is not None:
+        what = "is a diffusers pipeline, whose components keep their files; leave max_shard_size out"
+        findings.problems.append(Problem(where, what))
+    if settings.quant:
+        asked = ", ".join(f"{name} = {value}" for name, value in settings.quant.items())
+        findings.problems.append(
+            Problem(where, f"is a diffusers pipeline, which is not quantised ({asked}); leave it out")
+        )
+    coded = [name for name, part in base.components.items() if part.config.get("quantization_config")]
+    if settings.dtype and coded:
+        what = f"{', '.join(coded)} holds codes, whose scales keep their type; leave torch_dtype out"
+        findings.problems.append(Problem(where, what))
+    return replace(settings, max_shard_bytes=None, quant={}, dtype=None if coded else settings.dtype)
 
 
 def vocabulary(base: Checkpoint, entries: Mapping[str, Entry], problems: list[Problem]) -> int | None:

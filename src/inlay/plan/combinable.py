@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from inlay.adapters.adapter import Adapter
 from inlay.adapters.values import scan_values
-from inlay.checkpoints.header import TensorInfo
+from inlay.checkpoints.refs import TensorInfo
 from inlay.errors import Problem
 from inlay.tuners.combining import Recipe, result_rank
 

@@ -13,18 +13,19 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from inlay.checkpoints.checkpoint import Checkpoint
-from inlay.checkpoints.spans import BASE, SpanReader, TensorRef
+from inlay.checkpoints.refs import TensorRef
+from inlay.checkpoints.spans import BASE, SpanReader
 from inlay.dtypes import F64Array, decode
 from inlay.errors import Problem
 from inlay.plan.placer import Contribution
-from inlay.plan.types import Dense, Rows, Step
+from inlay.plan.steps import AnyStep, Delta, Rows, Step
 from inlay.tuners.dense import tuner
 
-COMBINE = ("sum", "override")
 
-
-def additive(step: Step | Dense) -> bool:
+def additive(step: AnyStep) -> bool:
     """Whether a step adds something that does not depend on the weight."""
+    if isinstance(step, Delta):
+        return True
     if isinstance(step, Step):
         return step.magnitude is None
     return bool(tuner(step.tuner).ADDITIVE) and not step.bias
@@ -36,7 +37,7 @@ class Draft:
 
     source: TensorRef | None = None
     patches: list[Rows] = field(default_factory=list)
-    steps: list[Step | Dense] = field(default_factory=list)
+    steps: list[AnyStep] = field(default_factory=list)
     by: set[int] = field(default_factory=set)
 
     @property

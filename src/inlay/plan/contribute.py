@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from inlay.adapters.adapter import Adapter
+from inlay.adapters.adapter import IMAGE, TORCHTUNE, Adapter
 from inlay.checkpoints.checkpoint import Checkpoint
-from inlay.checkpoints.header import TensorInfo
-from inlay.keys import families
+from inlay.checkpoints.refs import TensorInfo
+from inlay.errors import Problem
+from inlay.keys import families, torchtune
 from inlay.keys.memory import Slice
 from inlay.keys.names import Names
+from inlay.keys.pipeline import PipelineNames
 from inlay.plan import dense, experts, fused
 from inlay.plan.placer import Contribution, Placer
-from inlay.plan.types import Part, Rows, Step
+from inlay.plan.steps import Part, Rows, Step
 
 PAIRS = ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"})
 
@@ -23,9 +25,13 @@ PAIRS = ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"})
 def contribute(adapter: Adapter, position: int, weight: float, base: Checkpoint) -> Contribution:
     """Place every tensor of the adapter."""
     found = Contribution(adapter, position, weight)
+    if reason := _not_for_this_base(adapter, base):
+        found.problems.append(Problem(adapter.name, reason))
+        return found
     names = [f"{module}.weight" for module in adapter.parts] or list(adapter.full)
     shapes = {key: info.shape for key, (_, info) in base.tensors.items()}
-    place = _Pairs(found, base, Names(base.config, shapes, names))
+    pipeline = PipelineNames(base.components, shapes, names) if base.components else None
+    place = _Pairs(found, base, pipeline or Names(base.config, shapes, names))
     for module, parts in place.without_parameters(adapter.parts).items():
         place.module(module, parts)
     for name, tensor in adapter.full.items():
@@ -34,6 +40,21 @@ def contribute(adapter: Adapter, position: int, weight: float, base: Checkpoint)
     if place.names.used_layout:
         found.rule += ", and as transformers maps them from memory to disk"
     return found
+
+
+def _not_for_this_base(adapter: Adapter, base: Checkpoint) -> str | None:
+    """Why no name of the adapter can be looked for in this base."""
+    if adapter.format == IMAGE and not base.components:
+        return (
+            "is a LoRA for an image model (kohya, diffusers), and this base is no diffusers pipeline; give the folder "
+            "with its model_index.json with --model"
+        )
+    if adapter.format == TORCHTUNE and base.config.get("model_type") not in torchtune.FAMILIES:
+        return (
+            f"is torchtune's own file, whose names are known for {', '.join(sorted(torchtune.FAMILIES))}; this base is "
+            f"{base.config.get('model_type')!r}: give the PEFT files that torchtune writes, in a folder without the .pt"
+        )
+    return None
 
 
 class _Pairs(Placer):
@@ -58,7 +79,7 @@ class _Pairs(Placer):
         if "token_rows" in parts:
             self._token_rows(module, parts["token_rows"])
         names = {name for name in parts if name != "token_rows"}
-        if not names:
+        if not names or self._reached_before(module):
             return
         if self.config.tuner not in ("lora", "dora"):
             dense.place(self, module, {name: parts[name] for name in names})
@@ -76,14 +97,53 @@ class _Pairs(Placer):
         key = self.weight_key(module)
         if key is None:
             return
+        if self.adapter.format == TORCHTUNE and torchtune.is_permuted(self.model_type, module):
+            self._permuted(module, key, parts)
+            return
         step = self._step(module, key, parts, embedding="lora_embedding_A" in pair)
         if step is not None:
             self.found.steps.setdefault(key, []).append(step)
         if "lora_bias" in names:
             self._bias(module, parts["lora_bias"])
 
+    def _reached_before(self, module: str) -> bool:
+        """Whether another module of a file for image models, which may spell one in two ways, has the same weight."""
+        if self.adapter.format != IMAGE:
+            return False
+        key = self.names.key(module + ".weight")
+        if key not in self.base.tensors or self.owners.setdefault(key, module) == module:
+            return False
+        self.problem(module, f"is the same module as {self.owners[key]} ({key}); the file holds it twice")
+        return True
+
+    def _permuted(self, module: str, key: str, parts: Mapping[str, TensorInfo]) -> None:
+        """A pair of torchtune whose outputs have another order than the rows of the base: one step for half a head."""
+        a, b = Part.of(self.ref(parts["lora_A"])), Part.of(self.ref(parts["lora_B"]))
+        shape, width = self.shape(key), torchtune.head_width(self.base.config)
+        if "magnitude" in parts:
+            self.problem(module, "DoRA on rows that torchtune has in another order is not supported")
+        elif not width or width % 2 or shape[0] % width:
+            self.problem(module, f"{shape[0]} rows are no heads of {width}; give config.json its head_dim")
+        elif not self._two_dimensional(module, parts["lora_A"], parts["lora_B"]):
+            return
+        elif (b.shape[0], a.shape[1]) != shape:
+            self.problem(module, f"is for {(b.shape[0], a.shape[1])} (out, in), the base stores {shape}")
+        elif self.target_is_float(module, key) and self.rank_agrees(module, a.shape[0]):
+            scaling = self.config.scaling(module)
+            self.found.scalings.add(scaling)
+            self.found.ranks.add(a.shape[0])
+            for part in torchtune.stretches(shape[0], width):
+                rank = a.shape[0]
+                left = Part(b.ref, (part.end - part.begin, rank), part.first * rank, (2 * rank, 1))
+                step = Step(
+                    self.found.position, "lora", scaling * self.found.weight, a, left, rows=(part.begin, part.end)
+                )
+                self.found.steps.setdefault(key, []).append(step)
+
     def _fused(self, module: str) -> tuple[Slice, ...]:
         """What holds the module's weight, if that is not one tensor of its own."""
+        if self.adapter.format == TORCHTUNE and self.model_type in torchtune.FUSED:
+            return torchtune.fused(module, self.base.config, self.names.shapes)
         name = module.replace(".base_layer.", ".") + ".weight"
         key = self.names.rule.key(name)
         if key in self.base.tensors or key == self.tied_head() or self.names.key(name) in self.base.tensors:
@@ -97,7 +157,10 @@ class _Pairs(Placer):
         oriented = (self._embedding if embedding else self._pair)(module, shape, parts)
         if oriented is None:
             return None
-        left, right, axis = oriented
+        left, right, natural = oriented
+        axis = self._norm_axis(module, shape, parts.get("magnitude"), natural)
+        if axis is None:
+            return None
         rank = right.shape[0]
         if not self.rank_agrees(module, rank):
             return None
@@ -110,6 +173,20 @@ class _Pairs(Placer):
         if magnitude is None:
             return Step(self.found.position, "lora", scaling, right, left)
         return Step(self.found.position, "dora", scaling, right, left, self.ref(magnitude), axis)
+
+    def _norm_axis(self, module: str, shape: tuple[int, ...], magnitude: TensorInfo | None, natural: int) -> int | None:
+        """The stored axis along which DoRA's norm goes; LyCORIS may give each input its length, dora_scale (1, in)."""
+        if magnitude is None or not magnitude.key.endswith(".dora_scale") or magnitude.shape[:1] == shape[:1]:
+            return natural
+        if len(shape) == 2 and magnitude.shape == (1, shape[1]):
+            return 0
+        what = (
+            "over the inputs of a convolution is not supported; train with wd_on_output"
+            if len(shape) > 2
+            else (f"does not fit the base's {shape}")
+        )
+        self.problem(module, f"dora_scale {magnitude.shape} {what}")
+        return None
 
     def _embedding(
         self, module: str, shape: tuple[int, ...], parts: Mapping[str, TensorInfo]
@@ -130,6 +207,12 @@ class _Pairs(Placer):
         a, b = parts["lora_A"], parts["lora_B"]
         if self.adapter.turned:
             return self._turned_pair(module, shape, Part.of(self.ref(a)).turned, Part.of(self.ref(b)).turned)
+        if self.adapter.format == IMAGE and _is_matrix(shape) and _is_matrix(a.shape) and _is_matrix(b.shape):
+            # A 1 × 1 convolution is a matrix, and is trained as either.
+            if (b.shape[0], a.shape[1]) == shape[:2] and a.shape[0] == b.shape[1] > 0:
+                return Part.of(self.ref(b)), Part.of(self.ref(a)), 1
+            self.problem(module, f"A {a.shape} and B {b.shape} do not fit the base's {shape}")
+            return None
         if len(shape) > 2 and len(a.shape) == len(shape):
             fits = (b.shape[0], *a.shape[1:])
             flat = all(n == 1 for n in b.shape[2:]) and b.shape[1] == a.shape[0]
@@ -259,6 +342,11 @@ class _Pairs(Placer):
     def _is_saved(self, name: str) -> bool:
         path = name.split(".")
         return any(saved.split(".")[-1] in path[:-1] for saved in self.config.modules_to_save)
+
+
+def _is_matrix(shape: tuple[int, ...]) -> bool:
+    """Whether nothing is left beyond rows and columns: a matrix, or a kernel of one element."""
+    return len(shape) > 1 and all(n == 1 for n in shape[2:])
 
 
 def _is_vocabulary(key: str) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from inlay.checkpoints.spans import TensorRef
+from inlay.checkpoints.refs import TensorRef
 from inlay.errors import Problem
 from inlay.plan import memory
-from inlay.plan.types import Cost, Entry, ShardPlan
+from inlay.plan.types import Coded, Cost, Entry, ShardPlan
 from inlay.tuners import kernel
 
 
@@ -31,12 +31,13 @@ def estimate(shards: Sequence[ShardPlan], max_memory: int, problems: list[Proble
     """Cost of a plan; a tensor that cannot be worked on under the cap is a problem."""
     entries = [entry for shard in shards for entry in shard.entries]
     computed = [e for e in entries if not e.copied]
-    refs = {ref for e in computed for ref in _adapter_refs(e)}
+    weights = list({w.key: w for w in (e.weight if isinstance(e, Coded) else e for e in computed)}.values())
+    refs = {ref for e in weights for ref in _adapter_refs(e)}
     cache = memory.factor_cache(shards, max_memory)
     peaks = [0]
     for entry in computed:
         try:
-            peaks.append(memory.peak(entry, by_kernel(entry), threads(), max_memory - cache))
+            peaks.append(_peak(entry, max_memory - cache))
         except ValueError as error:
             problems.append(
                 Problem(
@@ -44,9 +45,10 @@ def estimate(shards: Sequence[ShardPlan], max_memory: int, problems: list[Proble
                     f"one row and its factors take {error.args[0]:,} bytes, --max_memory allows {max_memory:,}",
                 )
             )
-    floats = [e for e in entries if e.dtype.kind in ("float", "code")]
+    every = {w.key: w for w in (e.weight if isinstance(e, Coded) else e for e in entries)}.values()
+    floats = [e for e in every if e.dtype.kind in ("float", "code")]
     return Cost(
-        read=sum(e.source.nbytes for e in computed) + sum(ref.nbytes for ref in refs),
+        read=sum(_stored_bytes(e.source) for e in weights) + sum(ref.nbytes for ref in refs),
         computed=sum(e.nbytes for e in computed),
         copied=sum(e.nbytes for e in entries if e.copied),
         written=sum(e.nbytes for e in entries),
@@ -54,6 +56,17 @@ def estimate(shards: Sequence[ShardPlan], max_memory: int, problems: list[Proble
         parameters=sum(e.count for e in floats),
         memory=cache + max(peaks),
     )
+
+
+def _peak(entry: Entry | Coded, max_memory: int) -> int:
+    if isinstance(entry, Entry):
+        return memory.peak(entry, by_kernel(entry), threads(), max_memory)
+    tiling, at_once = memory.fit_coded(entry, threads(), max_memory)
+    return at_once * (tiling.shared + tiling.per_thread)
+
+
+def _stored_bytes(ref: TensorRef) -> int:
+    return ref.nbytes if ref.made is None else sum(part.nbytes for _, part in ref.made.parts)
 
 
 def _adapter_refs(entry: Entry) -> set[TensorRef]:

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from inlay.checkpoints.header import TensorInfo
+from inlay.checkpoints.refs import TensorInfo
 from inlay.keys.memory import MemoryLayout, Slice
 from inlay.plan.placer import Placer
-from inlay.plan.types import Part, Step
+from inlay.plan.steps import Part, Step
 
 WRAPPER = ".base_layer"
 
@@ -43,22 +43,28 @@ def wrapped(modules: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, list[M
 def targeted(layout: MemoryLayout, module: str, targets: Sequence[str]) -> list[str]:
     """Parameters of a module that `target_parameters` names, in the order of registration."""
     own = [n for n in layout.shapes if n.startswith(module + ".") and "." not in n[len(module) + 1 :]]
-    return [n for n in own if any(n == t or n.endswith("." + t) for t in targets)]
+    return [n for n in own if any(names(t, n) for t in targets)]
+
+
+def names(target: str, parameter: str) -> bool:
+    """Whether an entry of `target_parameters` names this parameter: in full, or by its last words."""
+    return parameter == target or parameter.endswith("." + target)
 
 
 def place(placer: Placer, module: str, wrappers: Sequence[Mapping[str, TensorInfo]]) -> bool:
     """Place the pairs of a module's parameters; False where the module has none that is a target."""
-    layout = placer.names.layout
-    names = targeted(layout, module, placer.config.target_parameters) if layout else []
-    if not names:
+    layout = placer.names.layout_of(placer.config.target_parameters)
+    found = targeted(layout, module, placer.config.target_parameters) if layout else []
+    if not found:
         if layout is None:
             placer.problem(module, "is LoRA on bare parameters, whose layout only transformers knows")
         return layout is None
-    if len(names) != len(wrappers):
-        placer.problem(module, f"{len(wrappers)} pairs in the file for {len(names)} parameters: {', '.join(names)}")
+    if len(found) != len(wrappers):
+        placer.problem(module, f"{len(wrappers)} pairs in the file for {len(found)} parameters: {', '.join(found)}")
         return True
     assert layout is not None
-    for name, parts in zip(reversed(names), wrappers, strict=True):
+    placer.found.parameters.update(found)
+    for name, parts in zip(reversed(found), wrappers, strict=True):
         _place_parameter(placer, layout, module, name, parts)
     return True
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from inlay.checkpoints.header import TensorInfo
-from inlay.checkpoints.spans import TensorRef
+from inlay.checkpoints.refs import TensorInfo, TensorRef
 from inlay.keys.memory import Slice
 from inlay.plan.placer import Placer
-from inlay.plan.types import Part, Step
+from inlay.plan.steps import Part, Step
 
 
 def place(placer: Placer, module: str, parts: Mapping[str, TensorInfo], slices: Sequence[Slice]) -> None:
@@ -64,4 +64,4 @@ def _fits(placer: Placer, module: str, part: Slice, logical: tuple[int, int]) ->
 
 def _rows_of(vector: TensorRef, first: int, last: int) -> TensorRef:
     start = vector.start + vector.dtype.nbytes(first)
-    return TensorRef(vector.root, vector.file, vector.key, vector.dtype, (last - first,), start)
+    return replace(vector, shape=(last - first,), start=start)

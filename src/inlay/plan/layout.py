@@ -6,24 +6,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from inlay.checkpoints.checkpoint import INDEX_SUFFIX, SAFETENSORS, Checkpoint
-from inlay.plan.types import Entry, ShardPlan
+from inlay.plan.types import Coded, Entry, ShardPlan
 
 TORCH_METADATA = {"format": "pt"}
+USUAL_SHARD_BYTES = 5_000_000_000
 
 
 def lay_out(
-    base: Checkpoint, by_shard: Sequence[tuple[str, Sequence[Entry]]], max_shard_bytes: int | None
+    base: Checkpoint, by_shard: Sequence[tuple[str, Sequence[Entry | Coded]]], max_shard_bytes: int | None
 ) -> tuple[ShardPlan, ...]:
     """Output shards. `by_shard` holds the entries of each base shard, new ones at its end."""
     if max_shard_bytes is not None:
         return _split([entry for _, entries in by_shard for entry in entries], max_shard_bytes)
-    headers = {shard.file: shard.header for shard in base.shards}
+    shards = {shard.file: shard for shard in base.shards}
     plans = []
     for file, entries in by_shard:
-        header = headers[file]
-        same = header is not None and [(e.key, e.dtype, e.shape) for e in entries] == [
-            (t.key, t.dtype, t.shape) for t in header.tensors
-        ]
+        header = shards[file].header
+        decoded = any(t.made is not None for t in shards[file].tensors)
+        same = (
+            header is not None
+            and not decoded
+            and [(e.key, e.dtype, e.shape) for e in entries]
+            == [(t.key, t.dtype, t.shape) for t in shards[file].tensors]
+        )
         metadata = dict(header.metadata) if header is not None else TORCH_METADATA
         plans.append(ShardPlan(as_safetensors(file), tuple(entries), metadata, file if same else None))
     return tuple(plans)
@@ -34,12 +39,20 @@ def as_safetensors(file: str) -> str:
     if not file.endswith(".bin"):
         return file
     folder, slash, name = file.rpartition("/")
-    return folder + slash + name.replace("pytorch_model", "model", 1).removesuffix(".bin") + ".safetensors"
+    if name.startswith("pytorch_model"):  # diffusers keeps the stem: diffusion_pytorch_model
+        name = name.replace("pytorch_model", "model", 1)
+    return folder + slash + name.removesuffix(".bin") + ".safetensors"
 
 
-def _split(entries: Sequence[Entry], max_shard_bytes: int) -> tuple[ShardPlan, ...]:
+def stored_key(file: str, key: str) -> str:
+    """The name of a tensor in its file: that of the plan without the folder of a pipeline's component."""
+    folder, slash, _ = file.partition("/")
+    return key.removeprefix(folder + slash) if slash else key
+
+
+def _split(entries: Sequence[Entry | Coded], max_shard_bytes: int) -> tuple[ShardPlan, ...]:
     """Fill shards in order; a tensor larger than the limit has a shard of its own."""
-    groups: list[list[Entry]] = [[]]
+    groups: list[list[Entry | Coded]] = [[]]
     filled = 0
     for entry in entries:
         if groups[-1] and filled + entry.nbytes > max_shard_bytes:
@@ -66,7 +79,7 @@ def make_index(base: Checkpoint, shards: Sequence[ShardPlan]) -> Mapping[str, An
 
     None where one file holds everything, or where the base's index is right as it is.
     """
-    if index_file(shards) is None:
+    if base.components or index_file(shards) is None:  # a component's index is copied, its size edited
         return None
     places = {entry.key: shard.file for shard in shards for entry in shard.entries}
     old = base.index.get("weight_map", {})

@@ -19,7 +19,8 @@ import numpy as np
 
 from inlay.checkpoints.spans import BASE, SpanReader
 from inlay.dtypes import F64Array, decode
-from inlay.plan.types import Entry, Part, Plan, Step
+from inlay.plan.steps import Part, Step
+from inlay.plan.types import Entry, Plan
 
 BLOCK_ELEMENTS = 1 << 20
 
@@ -64,7 +65,7 @@ def meet(plan: Plan, *, base: bool = False) -> list[Meeting]:
     grams: dict[tuple[int, int], float] = {}
     total = 0.0
     with SpanReader(plan.roots) as reader:
-        for entry in plan.entries.values():
+        for entry in plan.weights.values():
             steps = [step for step in entry.steps if isinstance(step, Step) and step.left is not None]
             if not steps or entry.source.root != BASE:
                 continue

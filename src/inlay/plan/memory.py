@@ -6,13 +6,17 @@ of the tensor at hand. It does not depend on the size of a tensor, a shard or a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from inlay.checkpoints.spans import INTERLEAVED_BYTES
+from inlay.checkpoints.spans import KEPT_BYTES
+from inlay.codecs.table import codec
+from inlay.dtypes import DTYPES
 from inlay.plan.pieces import pieces
-from inlay.plan.types import Dense, Entry, ShardPlan
-from inlay.tuners.dense import needs_whole
+from inlay.plan.steps import Dense
+from inlay.plan.types import Coded, Entry, ShardPlan
+from inlay.tuners.dense import drawn_elements, needs_whole
 
 DEFAULT_MAX_MEMORY = 1 << 30
 # The work space of a thread: large enough to hide the cost of a call, small enough for the last cache.
@@ -20,6 +24,8 @@ KERNEL_TILE_BYTES = 1 << 22
 FLOAT64_TILE_BYTES = 1 << 22
 # Live float64 arrays of one block in the float64 path: value, error, delta, norms, bits low and high.
 FLOAT64_ARRAYS = 8
+ENCODING_BYTES = 40  # a value: float64 quotients, codes, and what is between them
+DECODING_BYTES = 16  # a value: its codes and scales as read, and the float32 values before and after they are scaled
 
 
 @dataclass(frozen=True)
@@ -44,23 +50,30 @@ def tile(entry: Entry, kernel: bool) -> Tiling:
     rows, cols = (entry.count, 1) if entry.elementwise else entry.matrix
     stored = cols * (entry.source.dtype.bits + entry.dtype.bits) // 8
     rank = sum(step.rank for step in entry.low_rank)
-    dense = sum(ref.count for step in entry.steps if isinstance(step, Dense) for ref in step.refs)
+    dense_steps = [step for step in entry.steps if isinstance(step, Dense)]
+    dense = sum(ref.count for step in dense_steps for ref in step.refs)
+    dense += sum(drawn_elements(step.tuner, step.settings) for step in dense_steps)
+    made = cols * DECODING_BYTES if entry.source.made is not None else 0
     if kernel:
         shared = 2 * rank * cols * 8  # the factor as stored and packed, of this tensor and the next
-        per_row = stored + rank * 12
+        per_row = stored + made + rank * 12
         block = KERNEL_TILE_BYTES
     else:
         shared = 2 * rank * cols * 16 + dense * 16
-        per_row = stored + cols * 8 * FLOAT64_ARRAYS + rank * 16
+        per_row = stored + made + cols * 8 * FLOAT64_ARRAYS + rank * 16
         block = FLOAT64_TILE_BYTES
     count = rows if whole(entry) else max(1, min(rows, block // max(1, per_row)))
     return Tiling(count, shared, count * per_row)
 
 
 def factor_cache(shards: Iterable[ShardPlan], max_memory: int) -> int:
-    """Bytes of the cap that are set aside for interleaved factors (LoRA on stacks of experts), where there are any."""
-    interleaved = any(_interleaved(entry) for shard in shards for entry in shard.entries)
-    return min(INTERLEAVED_BYTES, max_memory // 4) if interleaved else 0
+    """Bytes of the cap that are set aside for what is read in pieces over and over, where there is such a thing.
+
+    Interleaved factors (LoRA on stacks of experts), and the parts of quantised weights.
+    """
+    weights = (e.weight if isinstance(e, Coded) else e for shard in shards for e in shard.entries)
+    kept = any(_interleaved(entry) or entry.source.made is not None for entry in weights)
+    return min(KEPT_BYTES, max_memory // 4) if kept else 0
 
 
 def _interleaved(entry: Entry) -> bool:
@@ -94,6 +107,26 @@ def fit(entry: Entry, kernel: bool, threads: int, max_memory: int) -> tuple[Tili
     threads = 1 if whole(entry) else max(1, min(threads, (max_memory - wanted.shared) // per_row))
     rows = min(wanted.rows, (max_memory - wanted.shared) // (threads * per_row))
     return Tiling(rows, wanted.shared, rows * per_row), threads
+
+
+def fit_coded(coded: Coded, threads: int, max_memory: int) -> tuple[Tiling, int]:
+    """Blocking of a weight that is encoded, and the number of such weights at once: a thread each.
+
+    All parts of the weight are held until it is done. Raises ValueError with the bytes needed.
+    """
+    form = codec(coded.codec)
+    parts = sum(DTYPES[dtype].nbytes(math.prod(shape)) for dtype, shape in form.layout(coded.settings).values())
+    held = 2 * parts  # as encoded, and as they are put together
+    step = form.align(coded.settings)
+    wanted, _ = fit(coded.weight, False, 1, max_memory)
+    per_row = max(1, -(-wanted.per_thread // max(1, wanted.rows))) + coded.weight.matrix[1] * ENCODING_BYTES
+    rows = max(step, min(wanted.rows, (max_memory - held - wanted.shared) // per_row) // step * step)
+    if whole(coded.weight):
+        rows = max(coded.weight.matrix[0], step)
+    needed = held + wanted.shared + rows * per_row
+    if needed > max_memory:
+        raise ValueError(needed)
+    return Tiling(rows, wanted.shared + held, rows * per_row), max(1, min(threads, max_memory // needed))
 
 
 def peak(entry: Entry, kernel: bool, threads: int, max_memory: int) -> int:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from inlay.adapters.adapter import Adapter
 from inlay.checkpoints.checkpoint import Checkpoint
-from inlay.checkpoints.header import TensorInfo
-from inlay.checkpoints.spans import TensorRef, adapter_root
+from inlay.checkpoints.refs import TensorInfo, TensorRef
+from inlay.checkpoints.spans import adapter_root
 from inlay.errors import Problem
 from inlay.keys import families
 from inlay.keys.names import Names
 from inlay.keys.rules import AS_THEY_ARE
-from inlay.plan.types import Dense, Rows, Step
+from inlay.plan.steps import AnyStep, Rows
 
 
 @dataclass
@@ -27,9 +27,10 @@ class Contribution:
     copies: dict[str, TensorRef] = field(default_factory=dict)
     saved: set[str] = field(default_factory=set)  # the copies that modules_to_save lists
     rows: dict[str, Rows] = field(default_factory=dict)
-    steps: dict[str, list[Step | Dense]] = field(default_factory=dict)
+    steps: dict[str, list[AnyStep]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     hint: str = ""
+    parameters: set[str] = field(default_factory=set)  # the bare ones that it has pairs for
     scalings: set[float] = field(default_factory=set)
     ranks: set[int] = field(default_factory=set)
 
@@ -48,6 +49,7 @@ class Placer:
         self.adapter = found.adapter
         self.config = found.adapter.config
         self.model_type = base.config.get("model_type")
+        self.owners: dict[str, str] = {}  # key -> the module placed on it, for files that may hold one twice
         self.own_shapes: dict[str | None, tuple[int, ...]] = {
             names.rule.key(name): tensor.shape for name, tensor in self.adapter.full.items()
         }
@@ -102,7 +104,7 @@ class Placer:
         wrong = {
             t.dtype.name
             for name, t in parts.items()
-            if not (t.dtype.mergeable or (t.dtype.kind == "int" and name.endswith("_indices")))
+            if not (t.dtype.mergeable or (t.dtype.kind == "int" and "_indices" in name))
         }
         if wrong:
             self.problem(module, f"adapter tensors of type {', '.join(sorted(wrong))}")
@@ -116,7 +118,7 @@ class Placer:
 
     def magnitude_fits(self, module: str, tensor: TensorInfo | None, outputs: int) -> bool:
         """Whether the DoRA magnitude is there exactly when the config says so, one element for each output."""
-        if (tensor is not None) != self.config.use_dora:
+        if (tensor is not None) != self.config.use_dora and not self.config.strengths:  # else the file alone says so
             here = "has a lora_magnitude_vector" if tensor else "lacks its lora_magnitude_vector"
             self.problem(module, f"{here}, but use_dora is {str(self.config.use_dora).lower()}")
             return False

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from inlay.adapters.adapter import Adapter
 from inlay.checkpoints.checkpoint import Checkpoint
 from inlay.checkpoints.json_files import read_json_object
+from inlay.checkpoints.pipeline import is_copy_of_weights
 from inlay.checkpoints.spans import BASE, adapter_root
 from inlay.dtypes import DTYPES
 from inlay.errors import AdapterError
 from inlay.keys import families
-from inlay.plan.types import Sidecar
+from inlay.plan.types import ShardPlan, Sidecar
 
 MANIFEST = "inlay.json"
 CARD = "README.md"
@@ -22,7 +23,11 @@ BASE_CARD = "README.base.md"
 CONFIG = "config.json"
 
 # Other copies of the same weights would still be the unmerged ones.
-OTHER_WEIGHTS = (".gguf", ".onnx", ".onnx_data", ".pth", ".h5", ".msgpack", ".ot", ".tflite", ".mlmodel")
+OTHER_WEIGHTS = (
+    ".gguf", ".onnx", ".onnx_data", ".pth", ".h5", ".msgpack", ".ot", ".tflite", ".mlmodel", ".ckpt", ".flashpack",
+)  # fmt: skip
+# What quantisers leave beside the weights to say how they are stored.
+OF_CODES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quant_log.csv", "recipe.yaml")
 SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__"})
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
@@ -33,10 +38,18 @@ TOKENIZER_FILES = (
 
 
 def plan_sidecars(
-    base: Checkpoint, adapters: Sequence[Adapter], edits: Mapping[str, Any], notes: list[str]
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    edits: Mapping[str, Mapping[str, Any]],
+    removed: Sequence[str],
+    notes: list[str],
 ) -> tuple[tuple[Sidecar, ...], dict[str, str]]:
-    """Sidecars of the output, and what is left out with the reason."""
-    weights = {shard.file for shard in base.shards} | ({base.index_file} if base.index_file else set())
+    """Sidecars of the output, and what is left out with the reason.
+
+    `edits` are values to change, by file; `removed` are dotted paths that config.json loses.
+    """
+    weights = {shard.file for shard in base.on_disk.shards} | ({base.index_file} if base.index_file else set())
+    indexes = {f"{name}/{part.index_file}" for name, part in base.components.items() if part.index_file}
     found: dict[str, Sidecar] = {}
     left_out: dict[str, str] = {}
     for file in _files(base.path):
@@ -44,12 +57,15 @@ def plan_sidecars(
             continue
         if not (base.path / file).is_file():
             left_out[file] = "is not a regular file, or a link to nothing"
-        elif reason := _reason_to_leave_out(file):
+        elif file not in indexes and (reason := _reason_to_leave_out(file, base.components)):
             left_out[file] = reason
+        elif base.stored and file in OF_CODES:
+            left_out[file] = "describes codes, of which the result has none"
         elif file == CARD:
             found[BASE_CARD] = Sidecar(BASE_CARD, BASE, file)
         else:
-            found[file] = Sidecar(file, BASE, file, dict(edits) if file == CONFIG else {})
+            gone = tuple(removed) if file == CONFIG else ()
+            found[file] = Sidecar(file, BASE, file, dict(edits.get(file, {})), gone)
     _overlay_tokenizer(found, base, adapters, left_out, notes)
     return tuple(found[name] for name in sorted(found)), left_out
 
@@ -66,15 +82,17 @@ def _files(directory: Path) -> list[str]:
     return sorted(PurePosixPath(f).as_posix() for f in found)
 
 
-def _reason_to_leave_out(file: str) -> str | None:
-    name = PurePosixPath(file).name
+def _reason_to_leave_out(file: str, components: Collection[str]) -> str | None:
+    folder, name = file.rpartition("/")[0], PurePosixPath(file).name
     top = "/" not in file
     if name == MANIFEST and top:
         return "the manifest of the base; its recipe is kept in the new one"
     if name.endswith(OTHER_WEIGHTS):
         return "holds weights in another format, which would not be merged"
     unindexed = name.endswith(".safetensors") or (name.startswith("pytorch_model") and ".bin" in name)
-    if top and (unindexed or name.endswith(".safetensors.index.json")):
+    if (top and (unindexed or name.endswith(".safetensors.index.json"))) or (
+        folder in components and is_copy_of_weights(name)
+    ):
         return "holds a second copy of the weights, which would not be merged"
     return None
 
@@ -118,6 +136,33 @@ def _same_file(a: Path, b: Path | None) -> bool:
 
 def _has_template(path: Path) -> bool:
     return bool(read_json_object(path, AdapterError).get("chat_template"))
+
+
+def pipeline_edits(base: Checkpoint, dtype: str | None, shards: Sequence[ShardPlan]) -> dict[str, dict[str, Any]]:
+    """The values of a pipeline's files that must change, by file and dotted path: dtypes and total sizes.
+
+    Models of diffusers name no dtype in their configs; those of transformers do.
+    """
+    edits: dict[str, dict[str, Any]] = {}
+    for name, component in base.components.items():
+        torch_name = DTYPES[dtype].torch if dtype else None
+        fields = [
+            f for f in ("dtype", "torch_dtype") if torch_name and component.config.get(f) not in (None, torch_name)
+        ]
+        if fields:
+            edits[f"{name}/{CONFIG}"] = dict.fromkeys(fields, torch_name)
+        nbytes = sum(e.nbytes for s in shards for e in s.entries if s.file.startswith(name + "/"))
+        if component.index_file and (component.index.get("metadata") or {}).get("total_size") != nbytes:
+            edits[f"{name}/{component.index_file}"] = {"metadata.total_size": nbytes}
+    return edits
+
+
+def of_codes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Dotted paths of what config.json says of a quantisation."""
+    names = ("quantization_config", "compression_config", "quantization")
+    top = [name for name in names if name in config]
+    inner = [f"{s}.{name}" for s, part in config.items() if isinstance(part, dict) for name in names if name in part]
+    return (*top, *inner)
 
 
 def config_edits(

@@ -16,7 +16,7 @@ from inlay.errors import Problem
 from inlay.keys import families
 from inlay.plan.combine import Draft
 from inlay.plan.placer import Contribution, embedding_key
-from inlay.plan.types import Dense, Step
+from inlay.plan.steps import AnyStep, Step
 
 HEADLESS_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -119,7 +119,7 @@ def _share(end: Draft, opposite: Draft, both_meant: set[int], own_copies: set[in
 def _same(one: Draft, other: Draft, both_meant: set[int], own_copies: set[int]) -> bool:
     """Whether both ends get the same values: from the same tensors, or from what stands for both, saved twice."""
 
-    def _own_parts(step: Step | Dense, shared: bool) -> object:
+    def _own_parts(step: AnyStep, shared: bool) -> object:
         if isinstance(step, Step):
             return step.scaling, step.rank, None if shared else step.right.ref
         return None if shared else step.refs

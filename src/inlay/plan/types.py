@@ -9,109 +9,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from inlay.checkpoints.spans import TensorRef
-from inlay.digests import digest_json
+from inlay.checkpoints.refs import Made, TensorRef
+from inlay.digests import digest_object
 from inlay.dtypes import DTYPES, DType
+from inlay.plan.steps import AnyStep, Delta, Dense, Part, Rows, Step
 
-FORMAT = 2
+FORMAT = 3
 _PLAIN = frozenset({str, int, float, bool, type(None)})
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A factor of a step in the orientation of the stored weight: a strided view of a stored tensor.
-
-    Element (i, j) is number `start + i · strides[0] + j · strides[1]` of the tensor, so that a transposed
-    factor, a range of its rows and one expert of an interleaved pair are the same kind of thing.
-    """
-
-    ref: TensorRef
-    shape: tuple[int, int]
-    start: int
-    strides: tuple[int, int]
-
-    @classmethod
-    def of(cls, ref: TensorRef) -> Part:
-        """The whole tensor as a matrix."""
-        return cls(ref, ref.matrix, 0, (ref.matrix[1], 1))
-
-    @property
-    def turned(self) -> Part:
-        """The transpose."""
-        return Part(self.ref, self.shape[::-1], self.start, self.strides[::-1])
-
-    def rows(self, first: int, last: int) -> Part:
-        assert 0 <= first <= last <= self.shape[0], f"{self.ref.key}: rows [{first}, {last}) of {self.shape}"
-        return Part(self.ref, (last - first, self.shape[1]), self.start + first * self.strides[0], self.strides)
-
-    def columns(self, first: int, last: int) -> Part:
-        return self.turned.rows(first, last).turned
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one adapter does to one tensor: a low-rank pair, perhaps with a DoRA magnitude.
-
-    `left` (rows, r) is None for a bias, where it is [[1]]; `right` is (r, cols). `scaling` has the weight
-    of the adapter in it. `axis` is the stored axis along which DoRA takes its norm. `rows` are the rows of
-    the entry's matrix that it acts on, if not all: a module inside a fused tensor, an expert of many.
-    """
-
-    adapter: int
-    tuner: str
-    scaling: float
-    right: Part
-    left: Part | None = None
-    magnitude: TensorRef | None = None
-    axis: int = 1
-    rows: tuple[int, int] | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.right.shape[0]
-
-    @property
-    def refs(self) -> frozenset[TensorRef]:
-        """The tensors that it reads."""
-        return frozenset({self.right.ref, *([self.left.ref] if self.left else []), *filter(None, [self.magnitude])})
-
-
-@dataclass(frozen=True)
-class Dense:
-    """What an adapter of another tuner does to one tensor; `tuner` names its file in `tuners/`.
-
-    `shape` is that of the weight as the tuner sees it, (out, in, …); `transposed` says that it is stored
-    (in, out). With `bias` the tensor is the layer's bias. `weight` is a factor on the delta, 1 for tuners
-    that are no sum.
-    """
-
-    adapter: int
-    tuner: str
-    parts: Mapping[str, TensorRef]
-    settings: Mapping[str, Any]
-    shape: tuple[int, ...]
-    transposed: bool = False
-    bias: bool = False
-    weight: float = 1.0
-
-    @property
-    def refs(self) -> frozenset[TensorRef]:
-        return frozenset(self.parts.values())
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a tensor that an adapter replaces: row `i` of `ref` becomes row `rows[i]`."""
-
-    adapter: int
-    ref: TensorRef
-    rows: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -129,13 +40,14 @@ class Entry:
     shape: tuple[int, ...]
     source: TensorRef
     patches: tuple[Rows, ...] = ()
-    steps: tuple[Step | Dense, ...] = ()
+    steps: tuple[AnyStep, ...] = ()
     leading: int = 1
 
     @property
     def copied(self) -> bool:
         """Whether the bytes are those of the source."""
-        return not self.patches and not self.steps and self.dtype is self.source.dtype and not self.grown
+        same = self.dtype is self.source.dtype and self.source.made is None
+        return same and not self.patches and not self.steps and not self.grown
 
     @property
     def grown(self) -> bool:
@@ -182,23 +94,62 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Coded:
+    """One tensor of the output: a part of a weight that is stored in codes.
+
+    The weight is merged as float32 and then encoded, its `kept` parts (scales, zero points) as they are stored. All
+    parts of one weight have the same `weight`, `codec`, `settings` and `kept`.
+    """
+
+    key: str
+    dtype: DType
+    shape: tuple[int, ...]
+    part: str
+    weight: Entry
+    codec: str
+    settings: Mapping[str, Any]
+    kept: Mapping[str, TensorRef] = field(default_factory=dict)
+
+    @property
+    def copied(self) -> bool:
+        return False
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.nbytes(self.count)
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def touched(self) -> bool:
+        """Whether an adapter has a part in it."""
+        return self.weight.touched
+
+
+@dataclass(frozen=True)
 class ShardPlan:
     """One output file. `like` names the base shard whose header it keeps byte for byte, if it does."""
 
     file: str
-    entries: tuple[Entry, ...]
+    entries: tuple[Entry | Coded, ...]
     metadata: Mapping[str, str]
     like: str | None = None
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """A file that is not a shard: copied from a root, perhaps with edits of JSON values (dotted path -> value)."""
+    """A file that is not a shard: copied from a root, perhaps with edits of JSON values.
+
+    `edits` maps dotted paths to values, `removed` are paths that go.
+    """
 
     file: str
     root: str
     source: str
     edits: Mapping[str, Any] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -218,11 +169,16 @@ class AdapterUse:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose and what changes the bytes."""
+    """What the user chose and what changes the bytes.
+
+    `options` are those of the way to combine, `quant` those of reading and writing codes.
+    """
 
     dtype: str | None = None
     combine: str = "sum"
     max_shard_bytes: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    quant: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -288,17 +244,22 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """Identity of the merge: base headers, adapter contents, settings and steps; no names, no paths, no times."""
-        value = to_json(self)
-        for name in ("inputs", "warnings", "notes", "cost", "base_name"):
-            del value[name]
+        apart = ("inputs", "warnings", "notes", "cost", "base_name", "shards")
+        value = {"format": FORMAT, **{name: _encode(v) for name, v in _fields(self) if name not in apart}}
         for adapter in value["adapters"]:
             del adapter["name"], adapter["base_model"]
-        return digest_json(value)
+        return digest_object(value, "shards", map(_encode, self.shards))  # many experts as JSON take a lot of memory
 
     @cached_property
-    def entries(self) -> dict[str, Entry]:
-        """Key -> entry."""
+    def entries(self) -> dict[str, Entry | Coded]:
+        """Key -> what is stored under it."""
         return {e.key: e for shard in self.shards for e in shard.entries}
+
+    @cached_property
+    def weights(self) -> dict[str, Entry]:
+        """Key -> tensor before it is encoded, for those that are stored in codes; all others as they are."""
+        found = [e.weight if isinstance(e, Coded) else e for shard in self.shards for e in shard.entries]
+        return {e.key: e for e in found}
 
     @property
     def roots(self) -> dict[str, Path]:
@@ -314,16 +275,25 @@ def _fields(value: Any) -> list[tuple[str, Any]]:
     return [(name, getattr(value, name)) for name in value.__dataclass_fields__]
 
 
+@cache
+def _members(kind: Any) -> tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]]]:
+    """Names of the fields of a dataclass, of which each here has two and more, and what gets all their values."""
+    names = tuple(kind.__dataclass_fields__)
+    return names, attrgetter(*names)
+
+
 def _encode(value: Any) -> Any:
-    kind = type(value)
-    if kind in _PLAIN:  # nearly all of a plan; it has millions of values where there are many experts
+    # A plan has millions of values where there are many experts. Nearly all are plain, and cost no call.
+    kind: Any = type(value)
+    if kind in _PLAIN:
         return value
     if kind is tuple or kind is list:
-        return [_encode(v) for v in value]
+        return [v if type(v) in _PLAIN else _encode(v) for v in value]
     if kind is DType:
         return value.name
     if hasattr(kind, "__dataclass_fields__"):
-        return {name: _encode(getattr(value, name)) for name in kind.__dataclass_fields__}
+        names, values = _members(kind)
+        return {n: v if type(v) in _PLAIN else _encode(v) for n, v in zip(names, values(value), strict=True)}
     if isinstance(value, Mapping):
         return {k: _encode(v) for k, v in value.items()}
     raise AssertionError(f"{kind.__name__} in a plan")
@@ -333,13 +303,13 @@ def from_json(value: Mapping[str, Any]) -> Plan:
     """A plan from what `to_json` made. Raises ValueError for another format."""
     if value.get("format") != FORMAT:
         raise ValueError(f"plan format {value.get('format')!r}; this version reads {FORMAT}")
-    v = {name: part for name, part in value.items() if name not in ("format", "digest", "meeting")}
+    v = {name: part for name, part in value.items() if name not in ("format", "digest", "meeting", "survival")}
     v["adapters"] = tuple(
         AdapterUse(**{**a, "rank": tuple(a["rank"]), "scaling": tuple(a["scaling"])}) for a in v["adapters"]
     )
     v["settings"] = Settings(**v["settings"])
     v["shards"] = tuple(_shard(s) for s in v["shards"])
-    v["sidecars"] = tuple(Sidecar(**s) for s in v["sidecars"])
+    v["sidecars"] = tuple(Sidecar(**{**s, "removed": tuple(s["removed"])}) for s in v["sidecars"])
     v["expectations"] = tuple(Expectation(**e) for e in v["expectations"])
     for name in ("warnings", "notes", "overlaps"):
         v[name] = tuple(v[name])
@@ -350,7 +320,15 @@ def from_json(value: Mapping[str, Any]) -> Plan:
 
 
 def _shard(v: Mapping[str, Any]) -> ShardPlan:
-    return ShardPlan(v["file"], tuple(_entry(e) for e in v["entries"]), v["metadata"], v["like"])
+    return ShardPlan(v["file"], tuple(_either(e) for e in v["entries"]), v["metadata"], v["like"])
+
+
+def _either(v: Mapping[str, Any]) -> Entry | Coded:
+    if "part" not in v:
+        return _entry(v)
+    kept = {name: _ref(ref) for name, ref in v["kept"].items()}
+    more = {"dtype": DTYPES[v["dtype"]], "shape": tuple(v["shape"]), "weight": _entry(v["weight"]), "kept": kept}
+    return Coded(**{**v, **more})
 
 
 def _entry(v: Mapping[str, Any]) -> Entry:
@@ -365,7 +343,9 @@ def _entry(v: Mapping[str, Any]) -> Entry:
     )
 
 
-def _step(v: Mapping[str, Any]) -> Step | Dense:
+def _step(v: Mapping[str, Any]) -> AnyStep:
+    if "ref" in v:
+        return Delta(v["adapter"], v["tuner"], _ref(v["ref"]), tuple(v["rows"]) if v["rows"] else None)
     if "parts" in v:
         parts = {name: _ref(ref) for name, ref in v["parts"].items()}
         return Dense(**{**v, "parts": parts, "shape": tuple(v["shape"])})
@@ -386,7 +366,12 @@ def _part(v: Mapping[str, Any]) -> Part:
 
 
 def _ref(v: Mapping[str, Any]) -> TensorRef:
-    return TensorRef(v["root"], v["file"], v["key"], DTYPES[v["dtype"]], tuple(v["shape"]), v["start"])
+    made = v["made"] and _made(v["made"])
+    return TensorRef(v["root"], v["file"], v["key"], DTYPES[v["dtype"]], tuple(v["shape"]), v["start"], made)
+
+
+def _made(v: Mapping[str, Any]) -> Made:
+    return Made(v["formula"], tuple((name, _ref(ref)) for name, ref in v["parts"]), v["settings"], v["cols"])
 
 
 def dumps(plan: Plan) -> str:

@@ -9,15 +9,16 @@ and a digest can be taken while the bytes pass by: its digest is that of the lis
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from inlay.adapters.adapter import FINGERPRINT_FORMAT
 from inlay.checkpoints.checkpoint import Checkpoint
-from inlay.checkpoints.spans import BASE, SpanReader, TensorRef
-from inlay.digests import hasher, join, name
+from inlay.checkpoints.refs import TensorRef
+from inlay.checkpoints.spans import BASE, SpanReader
+from inlay.digests import digest_bytes, hasher, join, name
 
 LEAF_BYTES = 1 << 22
 PIECE_BYTES = 1 << 20
@@ -44,6 +45,14 @@ def _leaf(reader: SpanReader, ref: TensorRef, start: int, end: int) -> str:
         reader.into(ref, at, block)
         h.update(block)
     return name(h)
+
+
+def array_digest(data: memoryview, shape: Sequence[int]) -> str:
+    """Digest of a tensor of this shape from all of its bytes: that of `tensor_digest`."""
+    rows = shape[0] if len(shape) > 1 else 1
+    row_nbytes = len(data) // rows if rows else 0
+    step = leaf_rows(row_nbytes) * row_nbytes
+    return join(digest_bytes(data[at : at + step]) for at in range(0, len(data), step))
 
 
 def make_fingerprint(base: Checkpoint, keys: Iterable[str]) -> Mapping[str, Any]:

@@ -3,9 +3,10 @@
     {"format": 1, "inlay": version, "plan": digest,
      "base":     {"name", "headers", "recipe"?: the manifest of a base that was itself merged},
      "adapters": [{"name", "digest", "tuner", "weight", "rank", "scaling", …}],
-     "settings": {"dtype", "combine", "max_shard_bytes"},
+     "settings": {"dtype", "combine", "max_shard_bytes", "options", "quant"},
      "tensors":  {key: digest of each tensor that differs from the base},
      "files":    {file: {"nbytes", "digest"?}},
+     "survival": {"changed", "error", "kept", …: how much of the adapters is in the result},
      "order_matters", "notes", "warnings",
      "digest": of all of the above}
 
@@ -59,6 +60,7 @@ def _well_formed(content: Mapping[str, Any]) -> bool:
         and settings.get("dtype") in (None, *DTYPES)
         and isinstance(settings.get("combine"), str)
         and isinstance(settings.get("max_shard_bytes"), (int, type(None)))
+        and all(isinstance(settings.get(name, {}), dict) for name in ("options", "quant"))
         and all(isinstance(digest, str) for digest in tensors.values())
         and all(isinstance(f, dict) and isinstance(f.get("nbytes"), int) for f in files.values())
         and all(isinstance(a, dict) and isinstance(a.get("digest"), str) for a in adapters)

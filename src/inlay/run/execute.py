@@ -17,6 +17,7 @@ from inlay.plan.types import Plan
 from inlay.run.local import LocalExecutor
 from inlay.run.publish import write_manifest, write_sidecars
 from inlay.run.shard import Progress
+from inlay.run.survival import Survived, require_survival, survival
 from inlay.tuners.device import find_device
 
 
@@ -39,13 +40,16 @@ def run_plan(
     device: str = "cpu",
     progress: Progress | None = None,
     check: Callable[[Path], None] | None = None,
+    survived: Survived | None = None,
+    accept_loss: bool = False,
 ) -> RunResult:
     """Carry out `plan` and publish the result as `output_dir`.
 
     The same plan gives the same bytes for any `workers`, `max_memory`, `device` (cpu, auto,
     cuda:N) and number of interruptions.
     `progress` is called with bytes as they are done, from any thread. `check` sees the finished folder
-    before it is published; what it raises stops the publication.
+    before it is published; what it raises stops the publication. `survived` is what `survival` found, if it has
+    been asked; a result whose codes hold less than half of the adapters is refused unless `accept_loss`.
 
     Raises InputError when inputs changed since the plan was made, when a result would not be finite, and
     OutputError when the destination cannot be written. Then nothing is left behind; after an
@@ -59,10 +63,13 @@ def run_plan(
     inputs = {"files": [dataclasses.asdict(f) for f in plan.inputs.files]}
     with Staging(destination, plan.digest, inputs) as staging:
         try:
+            survived = survived or survival(plan)
+            if not accept_loss:
+                require_survival(survived)
             executor = LocalExecutor(plan, parse_size(max_memory), workers, find_device(device))
             results = executor.run(staging, progress or _ignore)
             digests = write_sidecars(plan, staging.path)
-            write_manifest(plan, staging.path, results, digests)
+            write_manifest(plan, staging.path, results, digests, survived)
             sync_folder(staging.path)
             if check is not None:
                 check(staging.path)

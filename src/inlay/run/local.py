@@ -7,20 +7,22 @@ own band and none of them holds the interpreter. Finished shards are synced behi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from inlay.checkpoints.header import read_header
-from inlay.checkpoints.spans import BASE, SpanReader, TensorRef
+from inlay.checkpoints.refs import TensorRef
+from inlay.checkpoints.spans import BASE, SpanReader
 from inlay.errors import InputError
 from inlay.output.copying import clone
 from inlay.output.staging import Staging
 from inlay.plan.cost import by_kernel, threads
-from inlay.plan.memory import factor_cache, fit
-from inlay.plan.types import Entry, Plan, ShardPlan
+from inlay.plan.memory import factor_cache, fit, fit_coded
+from inlay.plan.types import Coded, Entry, Plan, ShardPlan
 from inlay.records.fingerprint import tensor_digest
+from inlay.run.encode import Encoding
 from inlay.run.merge import Device
 from inlay.run.shard import Bands, Layout, Progress, Target, copies, lay_out_file, run_copy
 
@@ -100,14 +102,18 @@ class LocalExecutor:
             merged = [
                 self._merge(entry, layout, reader, queue, target, progress)
                 for entry in shard.entries
-                if not entry.copied
+                if isinstance(entry, Entry) and not entry.copied
+            ]
+            encoded = [
+                self._encode(parts, layout, reader, queue, target, progress) for parts in _by_weight(shard.entries)
             ]
             queue.drain()
         finally:
             queue.abandon()  # after an error: a task must not write to a descriptor that is closed, or reused
             target.close()
         self._check(shard, merged, reader)
-        return ShardResult(layout.nbytes, {bands.entry.key: bands.digest for bands in merged})
+        digests = {bands.entry.key: bands.digest for bands in merged}
+        return ShardResult(layout.nbytes, digests | {k: d for encoding in encoded for k, d in encoding.digests.items()})
 
     def _cloned(self, shard: ShardPlan, reader: SpanReader, target: Target) -> bool:
         """Whether the target now shares the extents of a base shard with the same header."""
@@ -131,6 +137,29 @@ class LocalExecutor:
         queue.end_tensor()
         return bands
 
+    def _encode(
+        self,
+        parts: Sequence[Coded],
+        layout: Layout,
+        reader: SpanReader,
+        queue: _Queue,
+        target: Target,
+        progress: Progress,
+    ) -> Encoding:
+        weight = parts[0].weight
+        try:
+            tiling, at_once = fit_coded(parts[0], self.workers, self.max_memory)
+        except ValueError as error:
+            raise InputError(
+                f"{weight.key}: encoding it takes {error.args[0]:,} bytes, max_memory is {self.max_memory:,}"
+            ) from None
+        if queue.limit != at_once:  # the tensors under way were counted otherwise
+            queue.drain()
+        queue.limit = at_once
+        encoding = Encoding(parts, layout.places, reader, tiling)
+        queue.submit(encoding.run, target, progress)
+        return encoding
+
     def _check(self, shard: ShardPlan, merged: list[Bands], reader: SpanReader) -> None:
         bad = [bands.entry.key for bands in merged if not bands.finite]
         if bad:
@@ -141,7 +170,7 @@ class LocalExecutor:
             )
         taken = {bands.entry.key: bands.source_digest for bands in merged}
         for entry in shard.entries:
-            if entry.key in self._expected and entry.source.root == BASE:
+            if isinstance(entry, Entry) and entry.key in self._expected and entry.source.root == BASE:
                 self._check_source(entry.key, taken.get(entry.key) or tensor_digest(reader, entry.source))
 
     def _check_source(self, key: str, found: str) -> None:
@@ -197,6 +226,15 @@ class _Queue:
             future.result()
 
 
+def _by_weight(entries: Iterable[Entry | Coded]) -> list[list[Coded]]:
+    """The parts that are encoded, those of one weight together."""
+    found: dict[str, list[Coded]] = {}
+    for entry in entries:
+        if isinstance(entry, Coded):
+            found.setdefault(entry.weight.key, []).append(entry)
+    return list(found.values())
+
+
 def _finish(staging: Staging, file: str, result: ShardResult) -> None:
     fd = os.open(staging.path / file, os.O_RDONLY)
     try:
@@ -222,7 +260,10 @@ def _taken_up(staging: Staging, shard: ShardPlan, layout: Layout, reader: SpanRe
         for entry in shard.entries:
             place = TensorRef.of("staged", shard.file, layout.places[entry.key])
             found = tensor_digest(staged, place)
-            wanted = tensor_digest(reader, entry.source) if entry.copied else digests.get(entry.key)
+            if isinstance(entry, Entry) and entry.copied:
+                wanted: object = tensor_digest(reader, entry.source)
+            else:
+                wanted = digests.get(entry.key)
             if found != wanted:
                 return None
     return ShardResult(layout.nbytes, dict(digests))

@@ -14,13 +14,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from inlay.checkpoints.spans import SpanReader, TensorRef
-from inlay.dtypes import Array, F64Array, decode, decode32, is_finite, round_nearest
+from inlay.checkpoints.refs import TensorRef
+from inlay.checkpoints.spans import SpanReader
+from inlay.dtypes import F64, Array, DType, F64Array, decode, decode32, is_finite, round_nearest
 from inlay.plan.cost import by_kernel
-from inlay.plan.types import Dense, Entry, Part, Step
-from inlay.tuners import dense, device, dora, kernel, lora
+from inlay.plan.steps import AnyStep, Delta, Dense, Part, Step
+from inlay.plan.types import Entry
+from inlay.tuners import dense, device, dora, expansion, kernel, lora
 from inlay.tuners.bounded import Bounded
 from inlay.tuners.exact import ExactStep, element
+
+DECIDED_AT_ONCE = 1 << 12  # elements whose sums are exact at once
 
 Device = Any  # torch.device, or None for this processor
 Length = tuple[F64Array, F64Array]
@@ -62,14 +66,12 @@ class Merger:
         self.rows, self.cols = entry.matrix
         self._patched = {row: (p.ref, i) for p in entry.patches for i, row in enumerate(p.rows)}
         self._packed: kernel.Packed | None = None
-        self._loaded: tuple[Loaded | LoadedDense, ...] = ()
+        self._loaded: tuple[Loaded | LoadedDense | Delta, ...] = ()
         self._kernel = by_kernel(entry) and self._device is None
         if self._kernel and entry.steps:
             self._packed = self._pack()
         elif entry.steps:
-            self._loaded = tuple(
-                self._load(step, rows) if isinstance(step, Step) else self._load_dense(step) for step in entry.steps
-            )
+            self._loaded = tuple(self._prepare(step, rows) for step in entry.steps)
 
     def block(self, first: int, raw: Array, out: Array) -> bool:
         """Merge the rows that begin at `first`; `raw` and `out` are (rows, cols) of stored bits.
@@ -135,6 +137,11 @@ class Merger:
                 left[:, at : at + step.rank] = decode32(stored, step.left.ref.dtype)
             at += step.rank
         return left
+
+    def _prepare(self, step: AnyStep, rows: int) -> Loaded | LoadedDense | Delta:
+        if isinstance(step, Delta):
+            return step
+        return self._load(step, rows) if isinstance(step, Step) else self._load_dense(step)
 
     def _load(self, step: Step, rows: int) -> Loaded:
         right = self._right64(step)
@@ -214,9 +221,10 @@ class Merger:
         """Steps of which one at least is no low-rank pair: float64, rounded once."""
         weight = base.value
         for loaded in self._loaded:
-            step = loaded.step
-            if isinstance(loaded, LoadedDense):
-                assert isinstance(step, Dense)
+            if isinstance(loaded, Delta):
+                weight = weight + self.reader.rows(loaded.ref, first, first + len(weight))
+            elif isinstance(loaded, LoadedDense):
+                step = loaded.step
                 weight = dense.merge(
                     step.tuner, weight, base.value, loaded.parts, step.settings, step.shape, first,
                     transposed=step.transposed, bias=step.bias, factor=step.weight,
@@ -245,7 +253,14 @@ class Merger:
         self, first: int, bits: Array, open_: npt.NDArray[np.bool_], base: F64Array, lefts: Sequence[F64Array]
     ) -> Array:
         """`bits` with the open elements decided exactly."""
-        for i, j in np.argwhere(open_):
+        if not open_.any():
+            return bits
+        places = np.argwhere(open_)
+        low_rank = [loaded for loaded in self._loaded if isinstance(loaded, Loaded)]
+        if self.entry.dtype is not F64 and all(loaded.magnitude is None for loaded in low_rank):
+            triples = [(left, x.right, x.step.scaling) for left, x in zip(lefts, low_rank, strict=True)]
+            places = _decided(bits, places, base, triples, self.entry.dtype)
+        for i, j in places:
             bits[i, j] = self._exactly(first, int(i), int(j), base, lefts)
         return bits
 
@@ -315,3 +330,17 @@ class Merger:
             if row in self._patched:
                 ref, i = self._patched[row]
                 out[row - first] = round_nearest(decode(self.reader.rows(ref, i, i + 1), ref.dtype), dtype)[0]
+
+
+def _decided(
+    bits: Array, places: npt.NDArray[np.int64], base: F64Array, triples: Sequence[expansion.Triple], dtype: DType
+) -> npt.NDArray[np.int64]:
+    """Decide the elements at `places` by exact sums of many at once; those that are left to single ones."""
+    open_ = []
+    for at in range(0, len(places), DECIDED_AT_ONCE):
+        i, j = places[at : at + DECIDED_AT_ONCE].T
+        pairs = [(left[i], right[:, j].T, scaling) for left, right, scaling in triples]
+        values, right_ = expansion.sums(base[i, j], pairs)
+        bits[i[right_], j[right_]] = round_nearest(values[right_], dtype)
+        open_.append(places[at : at + DECIDED_AT_ONCE][~right_])
+    return np.concatenate(open_)

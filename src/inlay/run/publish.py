@@ -20,6 +20,7 @@ from inlay.plan.types import Plan, Sidecar
 from inlay.records.manifest import FORMAT, MANIFEST, read_manifest, seal
 from inlay.run.card import model_card
 from inlay.run.local import ShardResult
+from inlay.run.survival import Survived
 
 
 def write_sidecars(plan: Plan, folder: Path) -> dict[str, str]:
@@ -42,9 +43,9 @@ def write_sidecars(plan: Plan, folder: Path) -> dict[str, str]:
 
 def _write_sidecar(plan: Plan, sidecar: Sidecar, target: Path) -> None:
     source = plan.roots[sidecar.root] / sidecar.source
-    if sidecar.edits:
+    if sidecar.edits or sidecar.removed:
         text = source.read_bytes().decode("utf-8")
-        write_durably(target, edit_json(text, sidecar.edits).encode())
+        write_durably(target, edit_json(text, sidecar.edits, sidecar.removed).encode())
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(source, "rb") as read, open(target, "wb") as write:
@@ -53,13 +54,23 @@ def _write_sidecar(plan: Plan, sidecar: Sidecar, target: Path) -> None:
     target.chmod(source.stat().st_mode & 0o777 | 0o200)
 
 
-def write_manifest(plan: Plan, folder: Path, shards: Mapping[str, ShardResult], sidecars: Mapping[str, str]) -> None:
+def write_manifest(
+    plan: Plan,
+    folder: Path,
+    shards: Mapping[str, ShardResult],
+    sidecars: Mapping[str, str],
+    survived: Survived | None,
+) -> None:
     """Write the manifest: the last file of a whole result."""
-    write_durably(folder / MANIFEST, seal(make_manifest(plan, shards, sidecars, folder)).encode())
+    write_durably(folder / MANIFEST, seal(make_manifest(plan, shards, sidecars, folder, survived)).encode())
 
 
 def make_manifest(
-    plan: Plan, shards: Mapping[str, ShardResult], sidecars: Mapping[str, str], folder: Path
+    plan: Plan,
+    shards: Mapping[str, ShardResult],
+    sidecars: Mapping[str, str],
+    folder: Path,
+    survived: Survived | None,
 ) -> dict[str, Any]:
     """Content of the manifest."""
     files: dict[str, Any] = {
@@ -83,9 +94,11 @@ def make_manifest(
         ],
         "settings": {
             "dtype": plan.settings.dtype, "combine": plan.settings.combine,
-            "max_shard_bytes": plan.settings.max_shard_bytes,
+            "max_shard_bytes": plan.settings.max_shard_bytes, "options": dict(plan.settings.options),
+            "quant": dict(plan.settings.quant),
         },
         "order_matters": plan.order_matters,
+        **({"survival": survived.to_json()} if survived else {}),
         "tensors": {key: digest for result in shards.values() for key, digest in sorted(result.digests.items())},
         "files": {file: files[file] for file in sorted(files)},
         "notes": list(plan.notes),

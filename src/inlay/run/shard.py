@@ -11,18 +11,17 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from inlay.checkpoints.header import TensorInfo, layout
+from inlay.checkpoints.header import layout
+from inlay.checkpoints.refs import TensorInfo
 from inlay.checkpoints.spans import BASE, SpanReader, byte_view
 from inlay.digests import digest_bytes, hasher, join, name
-from inlay.dtypes import Array
 from inlay.output.copying import copy_span, write_at
+from inlay.plan.layout import stored_key
 from inlay.plan.memory import Tiling, whole
-from inlay.plan.pieces import Piece, pieces
 from inlay.plan.types import Entry, ShardPlan
 from inlay.records.fingerprint import leaf_rows
-from inlay.run.merge import Device, Merger
+from inlay.run.blocks import Blocks
+from inlay.run.merge import Device
 
 COPY_BYTES = 1 << 24  # one copy task
 
@@ -54,18 +53,20 @@ class Layout:
 
 def lay_out_file(shard: ShardPlan, base_header: bytes | None) -> Layout:
     """Layout of an output file; the header of the base shard is kept to the byte where the plan says so."""
-    header, infos = layout([(e.key, e.dtype, e.shape) for e in shard.entries], shard.metadata)
+    keys = {stored_key(shard.file, e.key): e.key for e in shard.entries}
+    header, infos = layout([(stored_key(shard.file, e.key), e.dtype, e.shape) for e in shard.entries], shard.metadata)
     if base_header is not None:
         shift = len(base_header) - len(header)
         infos = tuple(TensorInfo(t.key, t.dtype, t.shape, t.start + shift, t.end + shift) for t in infos)
         header = base_header
-    return Layout(header, {t.key: t for t in infos})
+    return Layout(header, {keys[t.key]: t for t in infos})
 
 
 def copies(shard: ShardPlan, places: Mapping[str, TensorInfo]) -> Iterator[Copy]:
     """Spans to copy, neighbours joined, none longer than COPY_BYTES."""
     joined: Copy | None = None
-    for entry in sorted((e for e in shard.entries if e.copied), key=lambda e: places[e.key].start):
+    copied = [e for e in shard.entries if isinstance(e, Entry) and e.copied]
+    for entry in sorted(copied, key=lambda e: places[e.key].start):
         source, at = entry.source, places[entry.key].start
         if (
             joined is not None
@@ -131,10 +132,8 @@ class Bands:
         self.entry = entry
         self.place = place
         self.tiling = tiling
-        self._reader, self._device = reader, device
-        self._pieces = pieces(entry)
-        self._merger = self._make_merger(self._pieces[0]) if len(self._pieces) == 1 else None
-        self._rows, self._cols = (entry.count, 1) if entry.elementwise else entry.matrix
+        self._blocks = Blocks(entry, reader, tiling, device)
+        self._rows, self._cols = self._blocks.rows, self._blocks.cols
         self.step, self.count = self._bands()
         self.tasks = 1 if whole(entry) else self.count
         self.finite = True
@@ -147,10 +146,6 @@ class Bands:
         stored_rows, stored_cols = replace(self.entry.source, shape=self.entry.shape).matrix
         step = leaf_rows(self.entry.dtype.nbytes(stored_cols))
         return step * (self._rows // max(1, stored_rows)), -(-stored_rows // step)
-
-    def _make_merger(self, piece: Piece) -> Merger:
-        alone = piece.entry is self.entry
-        return Merger(self._reader, piece.entry, self.tiling.rows, self._device, by_rows=not alone)
 
     @property
     def digest(self) -> str:
@@ -169,17 +164,18 @@ class Bands:
 
     def _run_band(self, band: int, target: Target, digest_source: bool, progress: Progress) -> None:
         written, source = hasher(), hasher()
-        for at, raw, out in self._blocks(band * self.step, min(self._rows, (band + 1) * self.step)):
-            data = byte_view(out)
+        for block in self._blocks.of(band * self.step, min(self._rows, (band + 1) * self.step)):
+            data = byte_view(block.out)
             written.update(data)
             if digest_source:
-                source.update(byte_view(raw))
-            target.write(data, self.place.start + at * out.itemsize * self._cols)
+                source.update(byte_view(block.raw))
+            self.finite = self.finite and block.finite
+            target.write(data, self.place.start + block.first * block.out.itemsize * self._cols)
             progress(len(data))
         self._leaves[band], self._source_leaves[band] = name(written), name(source)
 
     def _run_whole(self, target: Target, digest_source: bool, progress: Progress) -> None:
-        ((_, raw, out),) = self._blocks(0, self._rows)
+        ((_, raw, out, self.finite),) = self._blocks.of(0, self._rows)
         for band in range(self.count):
             rows = slice(band * self.step, (band + 1) * self.step)
             self._leaves[band] = digest_bytes(byte_view(out[rows]))
@@ -187,34 +183,3 @@ class Bands:
                 self._source_leaves[band] = digest_bytes(byte_view(raw[rows]))
         target.write(byte_view(out), self.place.start)
         progress(out.nbytes)
-
-    def _blocks(self, first: int, last: int) -> Iterator[tuple[int, Array, Array]]:
-        """First row, stored bits and merged bits of block after block of these rows."""
-        entry = self.entry
-        itemsize = max(entry.source.dtype.bits, entry.dtype.bits) // 8
-        raw_buffer, out_buffer = _buffers(self.tiling.rows * self._cols * itemsize)
-        for piece in self._pieces:
-            begin, end = (0, self._rows) if self._merger else (piece.first, piece.last)
-            if end <= first or last <= begin:
-                continue
-            merger = self._merger or self._make_merger(piece)
-            for at in range(max(first, begin), min(last, end), self.tiling.rows):
-                stop = min(last, end, at + self.tiling.rows)
-                raw = merger.read(at - begin, stop - begin, raw_buffer.view(np.dtype(entry.source.dtype.raw)))
-                out = out_buffer.view(np.dtype(entry.dtype.raw))[: raw.size].reshape(raw.shape)
-                if not merger.block(at - begin, raw, out):
-                    self.finite = False
-                yield at, raw, out
-
-
-_local = threading.local()
-
-
-def _buffers(nbytes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two buffers of this thread, of at least `nbytes`, reused from block to block."""
-    size = -(-nbytes // 8) * 8
-    held = getattr(_local, "buffers", None)
-    if held is None or held[0].nbytes < size or held[0].nbytes > 4 * size:
-        held = (np.empty(size, np.uint8), np.empty(size, np.uint8))
-        _local.buffers = held
-    return held

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from inlay.checkpoints.spans import SpanReader
+from inlay.dtypes import Array
 from inlay.errors import InputError
 from inlay.plan.cost import by_kernel
-from inlay.plan.memory import DEFAULT_MAX_MEMORY, fit
-from inlay.plan.pieces import pieces
-from inlay.plan.types import Entry, Plan
-from inlay.run.merge import Merger
+from inlay.plan.memory import DEFAULT_MAX_MEMORY, fit, fit_coded
+from inlay.plan.types import Coded, Entry, Plan
+from inlay.run.blocks import Blocks
+from inlay.run.encode import Encoding
 
 if TYPE_CHECKING:
     import torch
@@ -28,17 +30,34 @@ def merged_tensors(plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
     import torch
 
     with SpanReader(plan.roots) as reader:
+        encoded: dict[str, dict[str, Array]] = {}  # the parts of weights of which some are still to come
+        left = Counter(e.weight.key for e in plan.entries.values() if isinstance(e, Coded))
         for entry in plan.entries.values():
-            stored = _merged_bytes(reader, entry)
+            if isinstance(entry, Coded):
+                weight = entry.weight.key
+                if weight not in encoded:
+                    encoded[weight] = _encoded(reader, entry)
+                stored = encoded[weight][entry.part].reshape(-1).view(np.uint8)
+                left[weight] -= 1
+                if not left[weight]:
+                    del encoded[weight]
+            else:
+                stored = _merged_bytes(reader, entry)
             dtype = getattr(torch, entry.dtype.torch)
             yield entry.key, torch.from_numpy(stored).view(dtype).reshape(_torch_shape(entry))
 
 
-def _torch_shape(entry: Entry) -> tuple[int, ...]:
+def _torch_shape(entry: Entry | Coded) -> tuple[int, ...]:
     """torch packs two 4-bit elements into one of its own."""
     if entry.dtype.bits == 4:
         return (*entry.shape[:-1], entry.shape[-1] // 2)
     return entry.shape
+
+
+def _encoded(reader: SpanReader, part: Coded) -> dict[str, Array]:
+    """All parts of a weight that is stored in codes."""
+    tiling, _ = fit_coded(part, 1, DEFAULT_MAX_MEMORY)
+    return Encoding([part], {}, reader, tiling).encoded()
 
 
 def _merged_bytes(reader: SpanReader, entry: Entry) -> np.ndarray:
@@ -50,14 +69,8 @@ def _merged_bytes(reader: SpanReader, entry: Entry) -> np.ndarray:
     tiling, _ = fit(entry, by_kernel(entry), 1, DEFAULT_MAX_MEMORY)
     rows, cols = (entry.count, 1) if entry.elementwise else entry.matrix
     typed = out.view(np.dtype(entry.dtype.raw)).reshape(rows, cols)
-    buffer = np.empty(tiling.rows * cols, np.dtype(entry.source.dtype.raw))
-    parts = pieces(entry)
-    for piece in parts:
-        merger = Merger(reader, piece.entry, tiling.rows, by_rows=len(parts) > 1)
-        begin, end = (0, rows) if len(parts) == 1 else (piece.first, piece.last)
-        for first in range(begin, end, tiling.rows):
-            last = min(end, first + tiling.rows)
-            raw = merger.read(first - begin, last - begin, buffer)
-            if not merger.block(first - begin, raw, typed[first:last]):
-                raise InputError(f"{entry.key}: the merged tensor would hold Inf or NaN")
+    for block in Blocks(entry, reader, tiling).of(0, rows):
+        if not block.finite:
+            raise InputError(f"{entry.key}: the merged tensor would hold Inf or NaN")
+        typed[block.first : block.first + len(block.out)] = block.out
     return out

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from inlay.dtypes import Array, DType, F64Array, decode, round_nearest
-from inlay.plan.types import AdapterUse, Step
+from inlay.plan.steps import Step
+from inlay.plan.types import AdapterUse
 from inlay.verification.recompute import Expected
 
 EXPLAINED = 0.999  # share of elements a candidate has to hit; the order of a float32 sum can miss a few

@@ -9,10 +9,12 @@ from typing import Any
 
 from inlay.checkpoints.checkpoint import Checkpoint
 from inlay.checkpoints.header import layout
-from inlay.checkpoints.spans import BASE, SpanReader, TensorRef
+from inlay.checkpoints.refs import TensorRef
+from inlay.checkpoints.spans import BASE, SpanReader
 from inlay.digests import digest_file
 from inlay.output.json_edit import edit_json
 from inlay.output.staging import RECORDS
+from inlay.plan.layout import stored_key
 from inlay.plan.types import Plan, Sidecar
 from inlay.records.fingerprint import tensor_digest
 from inlay.records.manifest import MANIFEST, is_sealed, read_manifest
@@ -23,6 +25,9 @@ MERGED = "merged"
 
 def check_index(merged: Checkpoint) -> Iterator[FileVerdict]:
     """The index of any directory: its total size has to be that of the tensors."""
+    for name, component in merged.components.items():
+        for found in check_index(component):
+            yield FileVerdict(f"{name}/{found.file}", found.what)
     if merged.index_file is None:
         return
     total = (merged.index.get("metadata") or {}).get("total_size")
@@ -42,8 +47,9 @@ def check_sidecars(plan: Plan, folder: Path) -> Iterator[FileVerdict]:
 
 def _as_wanted(plan: Plan, sidecar: Sidecar, path: Path) -> bool:
     source = plan.roots[sidecar.root] / sidecar.source
-    if sidecar.edits:
-        return path.read_bytes() == edit_json(source.read_bytes().decode("utf-8"), sidecar.edits).encode()
+    if sidecar.edits or sidecar.removed:
+        wanted = edit_json(source.read_bytes().decode("utf-8"), sidecar.edits, sidecar.removed)
+        return path.read_bytes() == wanted.encode()
     return path.stat().st_size == source.stat().st_size and digest_file(path) == digest_file(source)
 
 
@@ -108,7 +114,7 @@ def _check_headers(plan: Plan, merged: Checkpoint) -> Iterator[FileVerdict]:
         if header is None:
             yield FileVerdict(shard.file, "missing")
             continue
-        wanted = layout([(e.key, e.dtype, e.shape) for e in shard.entries], shard.metadata)[0]
+        wanted = layout([(stored_key(shard.file, e.key), e.dtype, e.shape) for e in shard.entries], shard.metadata)[0]
         if shard.like is not None:
             with open(plan.roots[BASE] / shard.like, "rb") as file:
                 wanted = file.read(len(header.raw))

@@ -15,7 +15,8 @@ import numpy as np
 
 from inlay.checkpoints.spans import SpanReader
 from inlay.dtypes import DType, F64Array, decode, round_fraction
-from inlay.plan.types import Dense, Entry, Part, Step
+from inlay.plan.steps import Delta, Dense, Part, Step
+from inlay.plan.types import Entry
 from inlay.tuners import dense
 from inlay.tuners.exact import ExactStep, element
 
@@ -53,6 +54,8 @@ class Recomputed:
         if any(isinstance(step, Dense) for step in self.entry.steps):
             return self._whole(rows)
         base = np.stack([self._base_row(row) for row in rows])
+        if not self.steps and self.entry.steps:
+            return Expected(base, [], base + self._mixed(rows))
         value, deltas = base, []
         for step in self.steps:
             delta = step.scaling * (self._left(step, rows) @ self._right[step])
@@ -70,12 +73,20 @@ class Recomputed:
             if isinstance(step, Dense):
                 value = self._dense(step, value, base)
                 continue
+            assert isinstance(step, Step), f"{self.entry.key}: a mixed delta beside other steps"
             delta = step.scaling * (self._left(step, every) @ self._right[step])
             value = value + delta
             if step.magnitude is not None:
                 value = value * self._factor(step, every, base + delta)
         picked = list(rows)
         return Expected(base[picked], [], value[picked])
+
+    def _mixed(self, rows: Sequence[int]) -> F64Array:
+        deltas = [step.ref for step in self.entry.steps if isinstance(step, Delta)]
+        assert len(deltas) == len(self.entry.steps), f"{self.entry.key}: a mixed delta beside other steps"
+        rows_of = [[self.reader.rows(ref, row, row + 1)[0] for row in rows] for ref in deltas]
+        total: F64Array = np.sum([np.stack(found) for found in rows_of], axis=0)
+        return total
 
     def _dense(self, step: Dense, weight: F64Array, base: F64Array) -> F64Array:
         file = dense.tuner(step.tuner)

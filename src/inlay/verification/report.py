@@ -10,13 +10,14 @@ from typing import Any
 # Verdicts on a tensor, from best to worst.
 BASE = "base"  # untouched, and the base's bytes (or its values in another type)
 EXACT = "exact"  # base + adapters, every element correctly rounded
+ENCODED = "encoded"  # base + adapters, in the nearest codes
 ROUNDED = "rounded"  # base + adapters, off by roundings
 UNMERGED = "unmerged"  # should be base + adapters, is the base
 CHANGED = "changed"  # should be the base, is not
 WRONG = "wrong"  # should be base + adapters, is something else
 MISSING = "missing"  # not there
 EXTRA = "extra"  # there, and neither in the base nor in an adapter
-GOOD = (BASE, EXACT)
+GOOD = (BASE, EXACT, ENCODED)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from inlay.checkpoints.checkpoint import Checkpoint
-from inlay.checkpoints.spans import SpanReader, TensorRef
+from inlay.checkpoints.refs import TensorRef
+from inlay.checkpoints.spans import SpanReader
 from inlay.dtypes import F64, Array, DType, decode, round_nearest
 from inlay.plan.pieces import Piece, pieces
-from inlay.plan.types import Entry, Plan
+from inlay.plan.types import Coded, Entry, Plan
 from inlay.verification import report
 from inlay.verification.causes import find_cause
+from inlay.verification.codes import check_coded
 from inlay.verification.recompute import Expected, Recomputed
 from inlay.verification.report import TensorVerdict
 
@@ -31,10 +33,23 @@ MOST_EXACT = 256  # elements of a block that are decided exactly before it is ta
 def check_tensors(plan: Plan, merged: Checkpoint, full: bool) -> Iterator[TensorVerdict]:
     """A verdict on every tensor of the plan, and on those that the directory has beside them."""
     with SpanReader({**plan.roots, MERGED: merged.path}) as reader:
+        coded: dict[str, list[Coded]] = {}
         for entry in plan.entries.values():
-            yield _check(reader, plan, entry, merged, full)
+            if isinstance(entry, Entry):
+                yield _check(reader, plan, entry, merged, full)
+            else:
+                coded.setdefault(entry.weight.key, []).append(entry)
+        for parts in coded.values():
+            yield from check_coded(reader, parts, _stored_parts(parts[0], parts, merged), full)
     for key in sorted(merged.tensors.keys() - plan.entries.keys()):
         yield TensorVerdict(key, report.EXTRA)
+
+
+def _stored_parts(one: Coded, parts: Sequence[Coded], merged: Checkpoint) -> dict[str, TensorRef]:
+    """Where the directory has the parts of a weight: those that are encoded, and those that are kept."""
+    keys = {part.part: part.key for part in parts} | {part: ref.key for part, ref in one.kept.items()}
+    places = {part: merged.tensors[key] for part, key in keys.items() if key in merged.tensors}
+    return {part: TensorRef.of(MERGED, shard.file, info) for part, (shard, info) in places.items()}
 
 
 def _check(reader: SpanReader, plan: Plan, entry: Entry, merged: Checkpoint, full: bool) -> TensorVerdict:

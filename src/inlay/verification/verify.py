@@ -9,7 +9,9 @@ from pathlib import Path
 from inlay.adapters.adapter import Adapter, read_adapter
 from inlay.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from inlay.errors import InputError
-from inlay.plan.build import make_plan
+from inlay.plan.build import NO_OPTIONS, NO_QUANT, make_plan
+from inlay.plan.combination import Options
+from inlay.plan.quant import Quant
 from inlay.plan.types import Plan
 from inlay.records.manifest import MANIFEST, is_sealed, read_manifest
 from inlay.verification.files import check_index, check_own, check_sidecars
@@ -28,6 +30,8 @@ def verify(
     weights: Sequence[float] | None = None,
     torch_dtype: str | None = None,
     combine_by: str | None = None,
+    options: Options = NO_OPTIONS,
+    quant: Quant = NO_QUANT,
     max_shard_size: int | str | None = None,
     full: bool = True,
 ) -> Report:
@@ -50,6 +54,8 @@ def verify(
         weights=weights,
         torch_dtype=torch_dtype or _torch_name(recorded.get("dtype")),
         combine_by=combine_by or recorded.get("combine", "sum"),
+        options=options if combine_by or options.given() else Options(**recorded.get("options", {})),
+        quant=quant if quant.given() else Quant(**recorded.get("quant", {})),
         max_shard_size=max_shard_size or recorded.get("max_shard_bytes"),
     )
     return verify_plan(plan, folder, full=full)
