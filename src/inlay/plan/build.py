@@ -79,7 +79,7 @@ def make_plan(
     factors = _check_request(read, weights, combine_by, options)
     dtype = _dtype_name(torch_dtype)
     quantised = quantisation(base) is not None
-    if problems := request_problems(quant, dtype, quantised):
+    if problems := request_problems(quant, dtype, quantised, bool(adapters)):
         raise PlanError(problems)
     settings = Settings(dtype, combine_by, _optional_size(max_shard_size), options.given(), quant.given())
     decoded = decode_checkpoint(base) if quantised and (adapters or dtype or quant.keep or quant.method) else None

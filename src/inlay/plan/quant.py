@@ -75,7 +75,7 @@ class Quant:
         return {name: value for name, value in asdict(self).items() if value not in (None, False)}
 
 
-def request_problems(quant: Quant, dtype: str | None, quantised: bool) -> list[Problem]:
+def request_problems(quant: Quant, dtype: str | None, quantised: bool, merges: bool) -> list[Problem]:
     """What cannot be meant, whatever the tensors are."""
     problems = []
 
@@ -101,6 +101,9 @@ def request_problems(quant: Quant, dtype: str | None, quantised: bool) -> list[P
         problem("keep_quant", "keeps the base's types; leave --torch_dtype, --fp16 and --bf16 out")
     if quant.keep and quant.method:
         problem("quant_method", "and --keep_quant contradict each other; give one")
+    if quant.method and quantised and not merges:
+        what = "the base is stored in codes already; give its 16-bit original, or decode it first (--bf16 true)"
+        problem("quant_method", what)
     if quant.keep_16bit is not None:
         try:
             re.compile(quant.keep_16bit)

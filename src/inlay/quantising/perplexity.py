@@ -48,6 +48,9 @@ def load_float32(directory: Path) -> Any:
     stored = open_checkpoint(directory)
     plan = make_plan(directory, [], torch_dtype="float32")
     cls = model_class(stored.config, directory)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     model, info = cls.from_pretrained(
         None, config=make_config(stored.config), state_dict=dict(merged_tensors(plan)), output_loading_info=True
     )

@@ -20,7 +20,7 @@ from inlay.errors import CheckFailed, InputError, OutputError
 from inlay.output.destination import check_destination
 from inlay.output.staging import Staging
 from inlay.quantising.awq import Scaled, quantise_awq
-from inlay.quantising.calibration import MAX_LENGTH, SAMPLES, read_texts
+from inlay.quantising.calibration import MAX_LENGTH, SAMPLES, Text, read_texts
 from inlay.quantising.gptq import quantise_gptq
 
 METHODS = ("awq", "gptq")
@@ -49,24 +49,27 @@ def quantise(
     *,
     bits: int = 4,
     group_size: int = 128,
-    dataset: str | os.PathLike[str] | None = None,
+    texts: Sequence[Text] | None = None,
     samples: int = SAMPLES,
     max_length: int = MAX_LENGTH,
     keep: Sequence[str] = (),
     max_memory: int | None = None,
     exist_ok: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    finish: Callable[[Path, Checkpoint], None] | None = None,
 ) -> Quantised:
     """Quantise the checkpoint in `source` into the directory `output`, which appears whole or not at all.
 
-    `keep` are patterns of modules that stay in 16 bits. `progress` is called with the layers that are done and all.
+    `texts` are what it is calibrated with (those of the package if not given), `keep` are patterns of modules that stay
+    in 16 bits. `progress` is called with the layers that are done and all, `finish` with the folder and its checkpoint
+    before it is published.
     Raises InputError for what cannot be done, before anything is written, and CheckFailed for a result that is not
     what was meant, which is removed.
     """
     if method not in METHODS:
         raise InputError(f"{method!r} is no method of quantising with calibration; there are {', '.join(METHODS)}")
     base, target = open_source(Path(source)), Path(output)
-    texts = read_texts(None if dataset is None else Path(dataset))
+    texts = read_texts() if texts is None else texts
     problems = check_destination(target, {"base": base.path}, exist_ok, base.nbytes // 2)
     if problems:
         raise OutputError("; ".join(f"{p.where}: {p.what}" for p in problems))
@@ -79,6 +82,8 @@ def quantise(
                 max_length=max_length, keep=keep, max_memory=max_memory, progress=progress,
             )  # fmt: skip
             result, decoded = check_result(staging.path, set(made.settings), made.samples)
+            if finish is not None:
+                finish(staging.path, result)
         except BaseException:
             staging.discard()
             raise
