@@ -24,7 +24,7 @@ from inlay.plan.check import Findings, check_adapters, check_base, check_pipelin
 from inlay.plan.combination import SUMS, Options, combined_adapter, method_problems, mix, weight_problems
 from inlay.plan.combine import Draft, combine, order_matters, overlaps
 from inlay.plan.contribute import contribute
-from inlay.plan.memory import DEFAULT_MAX_MEMORY
+from inlay.plan.memory import DEFAULT_MAX_MEMORY, whole
 from inlay.plan.pieces import cuts_norms, pieces
 from inlay.plan.placer import Contribution
 from inlay.plan.quant import Quant, excluded_config, keep_codes, quantise, request_problems, simulate, trained_as
@@ -186,6 +186,7 @@ class _Planner:
         shards, quant_config = self._shards(drafts, untied)
         files, left_out = self._sidecars(shards, untied, quant_config)
         self._explain_base()
+        self._explain_memory(shards)
         check_base(self.base, self.adapters, self.found)
         return Plan(
             base=self.base.fingerprint,
@@ -239,6 +240,16 @@ class _Planner:
             what = f"the adapters were trained on a base quantised to {name} while it was loaded, and go onto W itself"
             why = "closer to training is --base_as simulated, which also bakes the errors of the codes in"
             (self.notes if self.quant.base_as else self.found.warnings).append(f"base_as original: {what}; {why}")
+
+    def _explain_memory(self, shards: Sequence[ShardPlan]) -> None:
+        """Tensors that no block of rows is enough for."""
+        weights = {w.key: w for w in (e.weight if isinstance(e, Coded) else e for s in shards for e in s.entries)}
+        found = [e for e in weights.values() if whole(e)]
+        if found:
+            methods = ", ".join(sorted({step.tuner for e in found for step in e.steps if isinstance(step, Dense)}))
+            largest = max(found, key=lambda e: e.count)
+            what = f"{len(found)} tensors are worked on as whole matrices ({methods})"
+            self.notes.append(f"{what}, the largest {largest.key} {list(largest.shape)}; --max_memory counts them")
 
     def _combined(self, contributions: Sequence[Contribution]) -> Sequence[Contribution]:
         """The contributions, or that of the one adapter that PEFT's methods make of them."""

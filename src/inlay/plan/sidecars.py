@@ -27,7 +27,10 @@ OTHER_WEIGHTS = (
     ".gguf", ".onnx", ".onnx_data", ".pth", ".h5", ".msgpack", ".ot", ".tflite", ".mlmodel", ".ckpt", ".flashpack",
 )  # fmt: skip
 # What quantisers leave beside the weights to say how they are stored.
-OF_CODES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quant_log.csv", "recipe.yaml")
+OF_CODES = (
+    "quantize_config.json", "quant_config.json", "hf_quant_config.json", "quant_log.csv", "recipe.yaml",
+    "inlay_quant.json",
+)  # fmt: skip
 SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__"})
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (

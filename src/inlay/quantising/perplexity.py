@@ -50,7 +50,7 @@ def load_float32(directory: Path) -> Any:
     cls = model_class(stored.config, directory)
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model, info = cls.from_pretrained(
         None, config=make_config(stored.config), state_dict=dict(merged_tensors(plan)), output_loading_info=True
     )
