@@ -1,13 +1,11 @@
-"""Train the demo's base model and adapter from `text.py`, in ten minutes on two CPU cores.
+"""Train the demo's base model from `text.py`, in ten minutes on two CPU cores.
 
-    python demo/train.py base       demo/base/     Qwen2 architecture, one million weights, bfloat16
-    python demo/train.py adapter    demo/adapter/  LoRA of rank 8 on all linear layers, float32
+    python demo/train.py    demo/base/     Qwen2 architecture, one million weights, bfloat16
 
-The same seed, thread count and versions give the same files. The base is saved in two shards with
-an index, the way large models come.
+The adapter is trained by the demo itself (run.py), with `inlay sft`. The same seed, thread count and versions give the
+same files. The base is saved in two shards with an index, the way large models come.
 """
 
-import json
 import random
 import sys
 import time
@@ -16,13 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -35,7 +31,6 @@ from text import SEED, Question, adapter_split, base_split, conversations, messa
 
 DEMO = Path(__file__).resolve().parent
 BASE = DEMO / "base"
-ADAPTER = DEMO / "adapter"
 
 THREADS = 2
 TEST_QUESTIONS = 50
@@ -66,7 +61,6 @@ class Schedule:
 
 
 BASE_SCHEDULE = Schedule(passes=16, conversations_per_step=32, learning_rate=3e-3)
-ADAPTER_SCHEDULE = Schedule(passes=5, conversations_per_step=16, learning_rate=2e-3)
 
 
 @dataclass(frozen=True)
@@ -150,7 +144,7 @@ def loss_on(model: PreTrainedModel, examples: Sequence[Example], pad_id: int) ->
 
 
 def fit(
-    model: PreTrainedModel | PeftModel,
+    model: PreTrainedModel,
     steps: Sequence[list[Example]],
     learning_rate: float,
     pad_id: int,
@@ -215,50 +209,17 @@ def save_base(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer) -> None:
     tokenizer.save_pretrained(BASE)
 
 
-def train_adapter() -> None:
-    """Write `demo/adapter/`: the LoRA parts and their config."""
-    split = adapter_split()
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    config = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(base, config)
-    steps = list(batches(tokenizer, split.train, ADAPTER_SCHEDULE))
-    fit(model, steps, ADAPTER_SCHEDULE.learning_rate, tokenizer.pad_token_id)
-    save_adapter(model)
-    report(model, tokenizer, split.test, "adapter, facts it has not read")
-    report(model, tokenizer, split.train, "adapter, facts it has read")
-
-
-def save_adapter(model: PeftModel) -> None:
-    """Save the adapter alone, with a config that is the same on every machine.
-
-    PEFT records the folder the base was loaded from and writes target modules in the order of a
-    set, which changes from run to run.
-    """
-    model.save_pretrained(ADAPTER)
-    path = ADAPTER / "adapter_config.json"
-    config = json.loads(path.read_text())
-    config["base_model_name_or_path"] = "demo/base"
-    config["target_modules"] = sorted(config["target_modules"])
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (ADAPTER / "README.md").unlink()
-
-
-def main(argv: Sequence[str]) -> int:
-    """Train what the command line names; returns the exit code."""
-    train = {"base": train_base, "adapter": train_adapter}
-    if len(argv) != 1 or argv[0] not in train:
-        print("usage: python demo/train.py {base,adapter}", file=sys.stderr)
-        return 2
+def main() -> int:
+    """Train, test and save; returns the exit code."""
     quiet()
     torch.manual_seed(SEED)
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(mode=True)
     started = time.monotonic()
-    train[argv[0]]()
-    print(f"{argv[0]} trained and tested in {time.monotonic() - started:.0f} s")
+    train_base()
+    print(f"base trained and tested in {time.monotonic() - started:.0f} s")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,59 @@ def test_one_changed_element_of_the_base_is_noticed(
     assert main(command.split()) == 2
     assert KEY in capsys.readouterr().err
     assert json.loads((adapter / "inlay_base.json").read_text())["tensors"][KEY].startswith("blake3:")
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+@pytest.mark.parametrize("what", ["codes", "scales"])
+def test_of_a_base_in_codes_codes_and_scales_are_recorded_and_checked(tmp_path: Path, form: str, what: str) -> None:
+    from inlay.train.records import fingerprint
+
+    base, adapter = build.write_base(tmp_path / "base", seed=1), build.write_adapter(tmp_path / "adapter")
+    coded = tmp_path / "coded"
+    assert main(f"export --model {base} --quant_method {form} --output_dir {coded} --quiet".split()) == 0
+    build.write_json(adapter / "inlay_base.json", fingerprint(coded, adapter))
+    keys = json.loads((adapter / "inlay_base.json").read_text())["tensors"]
+    key = next(k for k in keys if "q_proj" in k and ("scale" in k or k.endswith("SCB")) == (what == "scales"))
+    command = f"export --model {coded} --adapters {adapter} --merge_lora --quiet --exist_ok --output_dir {tmp_path}/out"
+    assert main(command.split()) == 0
+    verify = f"verify --model {coded} --adapters {adapter} --merged {tmp_path}/out --quiet"
+    assert main(verify.split()) == 0
+    _flip(coded, key)
+    shutil.rmtree(tmp_path / "out")
+    assert main(command.split()) == 2 and not (tmp_path / "out").exists()
+
+
+def test_verify_refuses_a_base_that_is_not_the_recorded_one(
+    tmp_path: Path, trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = trained
+    inlay.run_plan(inlay.make_plan(base, [adapter]), tmp_path / "out")
+    other = build.write_base(tmp_path / "other", seed=2)
+    assert main(f"verify --model {other} --adapters {adapter} --merged {tmp_path / 'out'}".split()) == 2
+    assert "trained on another base" in capsys.readouterr().err
+
+
+def test_a_base_whose_embedding_a_full_copy_replaces_is_checked_there_too(tmp_path: Path) -> None:
+    from inlay.train.records import fingerprint
+
+    base = build.write_base(tmp_path / "base", seed=1)
+    tensors = build.adapter_tensors(build.modules_of())
+    tensors[f"{build.PREFIX}lm_head.weight"] = build.base_tensors(seed=3)["lm_head.weight"]
+    adapter = build.write_adapter(tmp_path / "adapter", tensors=tensors, modules_to_save=["lm_head"])
+    record = fingerprint(base, adapter)
+    assert "lm_head.weight" in record["tensors"]
+    build.write_json(adapter / "inlay_base.json", record)
+    inlay.run_plan(inlay.make_plan(base, [adapter]), tmp_path / "out")
+    _flip(base, "lm_head.weight")
+    with pytest.raises(InputError, match=r"trained on another base: lm_head"):
+        inlay.run_plan(inlay.make_plan(base, [adapter]), tmp_path / "no")
+
+
+def _flip(model: Path, key: str) -> None:
+    """One bit of a stored tensor becomes another."""
+    checkpoint = inlay.open_checkpoint(model)
+    shard, info = checkpoint.tensors[key]
+    path = model / shard.file
+    data = bytearray(path.read_bytes())
+    data[info.start] ^= 1
+    path.write_bytes(data)

@@ -398,8 +398,8 @@ def test_a_setting_that_no_merge_can_honour_is_refused_by_name(
 
 
 def test_all_reasons_are_given_at_once(place: Path, refused: Callable[..., str]) -> None:
-    write_adapter(place / "adapter", use_qalora=True, layer_replication=[[0, 4]], use_novel_method=1)
-    refused("use_qalora", "layer_replication", "use_novel_method")
+    write_adapter(place / "adapter", arrow_config={"top_k": 1}, layer_replication=[[0, 4]], use_novel_method=1)
+    refused("arrow_config", "layer_replication", "use_novel_method")
 
 
 @pytest.mark.parametrize("init", ["pissa_niter_4", "PiSSA_niter_2", "corda", "loftq", "lora_ga"])

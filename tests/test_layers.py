@@ -25,6 +25,9 @@ HEAVY = {
     "huggingface_hub",
     "ray",
     "vllm",
+    "datasets",
+    "pyarrow",
+    "matplotlib",
 }
 
 

@@ -269,3 +269,41 @@ def test_help_names_every_method() -> None:
     from inlay.cli.options import COMBINE_METHODS, MIX_METHODS
 
     assert set(ALL) == {"sum", "override", *COMBINE_METHODS, *MIX_METHODS}
+
+
+def test_the_plan_says_how_they_meet(kit: Kit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tensors in common, angles and whether the order matters are those of the adapters, not of what is made of them."""
+    adapters = [str(a) for a in build(kit, "qwen2", tmp_path, *TWO)]
+    command = ["plan", "--model", str(kit.base("qwen2")), "--adapters", *adapters, "--json"]
+    met = {}
+    for name, density in (("sum", None), ("ties", "0.5"), ("dare_linear", "0.5"), ("della", "0.5")):
+        more = ["--combine", name, *(["--density", density] if density else [])]
+        assert main([*command, *more]) == 0
+        met[name] = json.loads(capsys.readouterr().out)
+    assert all(m["meeting"] == met["sum"]["meeting"] for m in met.values())
+    assert all(set(m["overlaps"]) == set(met["sum"]["overlaps"]) for m in met.values())
+    assert met["sum"]["overlaps"]
+    assert {name: m["order_matters"] for name, m in met.items()} == {
+        "sum": False, "ties": False, "dare_linear": True, "della": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ties_svd", "della", "cat", "breadcrumbs_ties"])
+def test_the_cap_counts_what_combining_takes(tmp_path: Path, name: str) -> None:
+    """The memory that a plan names covers what the run holds."""
+    import tracemalloc
+
+    from build import write_adapter, write_model
+
+    weights = {"m.weight": np.ones((768, 768), np.float32)}
+    base = write_model(tmp_path / "base", weights)
+    adapters = [write_adapter(tmp_path / f"a{i}", {"m": (768, 768)}, r=8, seed=i) for i in range(3)]
+    more = {"svd_rank": 4} if "svd" in name else {}
+    plan = inlay.make_plan(base, adapters, combine_by=name, options=options(name, **more))
+    tracemalloc.start()
+    inlay.run_plan(plan, tmp_path / "out", workers=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < plan.cost.memory + (4 << 20)
+    with pytest.raises(InputError, match="bytes"):
+        inlay.make_plan(base, adapters, combine_by=name, options=options(name), max_memory=200_000)

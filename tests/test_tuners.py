@@ -408,7 +408,7 @@ def test_every_method_of_peft_is_merged_or_refused_with_a_reason() -> None:
     assert len({row.config for row in ROWS}) == len(set(dense.FILES.values())) + 3, (
         "a method without a row in the table"
     )
-    assert {row.name.partition("-")[0] for row in ROWS} >= dense.VARIANTS
+    assert {row.name.partition("-")[0] for row in ROWS} >= dense.VARIANTS - {"qalora"}, "which test_qalora.py has"
 
 
 @pytest.mark.parametrize("kind", sorted(REFUSED_TYPES))

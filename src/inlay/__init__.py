@@ -9,13 +9,13 @@ A merge is a plan, executed as a stream, and checked.
 Layers, imports go down only:
 
     cli                      parse, one library call, print
-    quantising               codes chosen with calibration
+    train  infer  quantising make an adapter; try it; codes chosen with calibration
     run  verification        do the plan; check it, without trusting run
     plan                     decide: pure data, all problems at once
     keys                     module names ↔ checkpoint keys
     output                   crash-safe writing
     records                  fingerprints, manifests
-    adapters                 what training produced
+    adapters  datasets       what training produced, and what it reads
     checkpoints              what is on disk: layouts, headers, spans
     tuners  codecs           the maths of each method, and of each stored form
     dtypes  digests  errors  words everything shares

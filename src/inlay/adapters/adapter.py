@@ -113,6 +113,8 @@ def read_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
     if kind == MLX and parts and raw.get("fine_tune_type") == "full":
         raise AdapterError(f"{directory / CONFIG}: fine_tune_type is full, and {weights_file} holds pairs for LoRA")
     if kind == TORCHTUNE:
+        if config.variant:
+            raise AdapterError(f"{directory / CONFIG}: asks for {config.variant}, which torchtune does not train")
         config = torchtune.own_config(config, any("magnitude" in found for found in parts.values()))
     shared = parts.pop("", {})
     fingerprint = _optional(directory / FINGERPRINT)
@@ -227,6 +229,7 @@ def _check_fingerprint(record: Mapping[str, Any], where: Path) -> None:
         return
     tensors = record.get("tensors")
     right = isinstance(tensors, dict) and all(isinstance(v, str) for v in tensors.values())
+    right = right and isinstance(record.get("tokenizer"), (str, type(None)))
     if record.get("format") != FINGERPRINT_FORMAT or not isinstance(record.get("headers"), str) or not right:
         raise AdapterError(f"{where}: not a record of a base in format {FINGERPRINT_FORMAT}, which this version reads")
 

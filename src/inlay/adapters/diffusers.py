@@ -180,7 +180,18 @@ def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, PeftConfig]:
     for name, setting in value.items():
         component, _, field = name.rpartition(".")
         fields.setdefault(component, {})[field] = setting
-    return {c: parse_peft_config({"peft_type": "LORA", **found}, where) for c, found in fields.items()}
+    return {c: _plain_config({"peft_type": "LORA", **found}, where) for c, found in fields.items()}
+
+
+def _plain_config(raw: Mapping[str, Any], where: Path) -> PeftConfig:
+    """A config of which rank, alpha and DoRA are all that decides the result."""
+    config = parse_peft_config(raw, where)
+    more = [name for name in ("modules_to_save", "target_parameters", "trainable_token_indices") if raw.get(name)]
+    if config.variant:
+        more.insert(0, config.variant)
+    if more:
+        raise AdapterError(f"{where}: {', '.join(more)} in a LoRA for an image model is not supported")
+    return config
 
 
 def _config_of(module: str, configs: Mapping[str, PeftConfig]) -> tuple[PeftConfig | None, str]:

@@ -36,7 +36,9 @@ OWN_WHOLE = (
     "topk",
 )
 OWN_NUMBERS = ("eps", "scaling")
-OWN_FLAGS = ("apply_GS", "block_share", "coft", "para", "use_cayley_neumann")
+OWN_FLAGS = (
+    "apply_GS", "block_share", "coft", "para", "save_projection", "sparse", "use_cayley_neumann", "very_sparse",
+)  # fmt: skip
 
 # Of no effect on the merged weight: they steer training, loading or placement, or say which modules
 # to adapt, which the tensors of the file say themselves.
@@ -44,20 +46,19 @@ NO_EFFECT = frozenset({
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
     "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
     "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "merge_weights",
-    "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "monteclora_config", "peft_type", "peft_version", "revision", "runtime_config",
     "target_modules", "task_type", "velora_config",
 })  # fmt: skip
 
 USED = frozenset({
     "alpha_pattern", "bias", "ensure_weight_tying", "fan_in_fan_out", "lora_alpha", "lora_bias", "modules_to_save",
-    "kasa_config", "r", "rank_pattern", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
-    "use_rslora",
+    "kasa_config", "qalora_group_size", "r", "rank_pattern", "target_parameters", "trainable_token_indices",
+    "use_bdlora", "use_dora", "use_qalora", "use_rslora",
 })  # fmt: skip
 
 REFUSED: dict[str, str] = {
     "layer_replication": "the adapter belongs to a model with repeated layers, which has more layers than this base; "
     "build that model first, and merge into it with layer_replication removed",
-    "use_qalora": "QALoRA merges into the zero points of a GPTQ base, which is not supported",
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only, so no merged weight equals it",
     "arrow_config": "Arrow routes between adapters per token, so no merged weight equals it",
     "enable_lora": "LoRA on parts of a fused layer (PEFT 0.2's MergedLinear) is not supported",
@@ -74,6 +75,9 @@ COMMON_REFUSED = {"layer_replication": REFUSED["layer_replication"]}
 OWN_FIELDS = {"LN_TUNING": frozenset[str](), "TRAINABLE_TOKENS": frozenset({"token_indices", "init_weights"})}
 MERGED_TYPES = frozenset({"LORA", *dense.FILES, *OWN_FIELDS})
 ALPHA = ("lora_alpha", "alpha", "randlora_alpha")
+
+# Variants of LoRA with a file of their own -> the field that asks for them.
+VARIANT_FIELDS = {"kasa": "kasa_config", "bdlora": "use_bdlora", "qalora": "use_qalora"}
 
 # Initialisations that move the base weight: merging into the original base would be wrong.
 BASE_SHIFTING_INIT = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -203,6 +207,9 @@ def _check_own(field: _Fields, kind: str) -> None:
     blocks = field.raw.get("use_bdlora")
     if kind == "LORA" and isinstance(blocks, dict):
         _Fields(blocks, field.where).whole("nblocks")
+    if kind == "LORA":
+        field.flag("use_qalora")
+        field.whole("qalora_group_size")
     file = _file(kind)
     for name in sorted(file.FIELDS) if file else ():
         if name in OWN_WHOLE:
@@ -246,14 +253,14 @@ def _variant(raw: Mapping[str, Any]) -> str | None:
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower() in ("pissa", "olora"):
         return init.lower()
-    return "kasa" if _is_set(raw.get("kasa_config")) else "bdlora" if _is_set(raw.get("use_bdlora")) else None
+    return next((name for name, field in VARIANT_FIELDS.items() if _is_set(raw.get(field))), None)
 
 
 def _contradictions(raw: Mapping[str, Any]) -> list[str]:
     """Settings that no version of PEFT trains together with a variant."""
     variant = _variant(raw)
-    others = ("use_dora", "lora_bias", "target_parameters", "kasa_config", "use_bdlora")
-    own = {"kasa": "kasa_config", "bdlora": "use_bdlora"}.get(variant or "")
+    others = ("use_dora", "lora_bias", "target_parameters", *VARIANT_FIELDS.values())
+    own = VARIANT_FIELDS.get(variant or "")
     return [
         f"{name} together with {variant} is not supported"
         for name in others

@@ -12,21 +12,31 @@ everything that reads by reference it is a tensor like others; its bytes are tho
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from inlay.checkpoints.refs import Made, TensorRef
+from inlay.codecs import compiled
 from inlay.codecs.encoding import F32Array, encode_whole, row_blocks, settled
 from inlay.codecs.table import codec
-from inlay.dtypes import F32, Array, F64Array, decode, decode32, is_finite, round_nearest
+from inlay.dtypes import DTYPES, F32, Array, F64Array, decode, decode32, is_finite, round_nearest
 from inlay.errors import InputError
 from inlay.tuners import combining, mixing
 
-BLOCK_ELEMENTS = 1 << 20  # of a weight that is encoded to be decoded again
+BLOCK_ELEMENTS = 1 << 18  # of a weight that is encoded to be decoded again
+
 Rows = Callable[[int, int], Array]  # stored bits of rows [first, last)
+Slices = Callable[[Mapping[str, tuple[int, int, int] | None]], dict[str, Array]]  # parts of a weight, cut
+
+
+class Maker(NamedTuple):
+    """Makes rows of a tensor, and where a kernel does it, into an array (last − first, cols) that is there."""
+
+    rows: Rows
+    into: Callable[[int, int, Array], None] | None = None
 
 
 class Reader(Protocol):
@@ -40,7 +50,7 @@ class Reader(Protocol):
 
     def whole(self, ref: TensorRef) -> Array: ...
 
-    def maker(self, made: Made) -> Rows: ...
+    def maker(self, made: Made) -> Maker: ...
 
 
 @lru_cache(maxsize=256)
@@ -49,61 +59,67 @@ def read_settings(text: str) -> dict[str, Any]:
     return dict(json.loads(text))
 
 
-def maker(reader: Reader, made: Made) -> Rows:
+def maker(reader: Reader, made: Made) -> Maker:
     """The function that makes rows of the tensor; what it keeps for all rows is made once, here or on first use."""
     makers = {"codec": _decoder, "factor": _factor, "pair": _pair, "mixture": _mixture, "simulated": _simulated}
     return makers[made.formula](reader, made)
 
 
-def _decoder(reader: Reader, made: Made) -> Rows:
+def _decoder(reader: Reader, made: Made) -> Maker:
     settings, parts = read_settings(made.settings), dict(made.parts)
+
+    def slices(spans: Mapping[str, tuple[int, int, int] | None]) -> dict[str, Array]:
+        return {name: reader.slice(parts[name], span) for name, span in spans.items()}
+
+    return _decoding(settings, slices)
+
+
+def _decoding(settings: Mapping[str, Any], slices: Slices) -> Maker:
     form = codec(settings["codec"])
 
     def rows(first: int, last: int) -> Array:
-        spans = form.spans(settings, first, last)
-        slices = {name: reader.slice(parts[name], span) for name, span in spans.items()}
-        decoded: Array = form.decode(slices, settings, first, last)
+        decoded: Array = form.decode(slices(form.spans(settings, first, last)), settings, first, last)
         return decoded
 
-    return rows
+    def into(first: int, last: int, out: Array) -> None:
+        form.decode_into(slices(form.spans(settings, first, last)), settings, first, last, out)
+
+    return Maker(rows, into if compiled.serves(form, settings) else None)
 
 
-def _simulated(reader: Reader, made: Made) -> Rows:
+def _simulated(reader: Reader, made: Made) -> Maker:
     settings, ref = read_settings(made.settings), dict(made.parts)["weight"]
     form, count = codec(settings["codec"]), ref.matrix[0]
     step = form.align(settings) * max(1, BLOCK_ELEMENTS // (form.align(settings) * max(1, made.cols)))
+    cast = DTYPES[settings.get("cast", "F32")]
 
     def blocks() -> Iterator[tuple[int, F32Array]]:
         for first, last in row_blocks(count, step):
-            yield first, decode32(reader.rows(ref, first, last), ref.dtype)
+            values = decode32(reader.rows(ref, first, last), ref.dtype)
+            yield first, values if cast is F32 else decode32(round_nearest(values.astype(np.float64), cast), cast)
 
     try:
         parts = encode_whole(form, settings, blocks)
-        settings = dict(settled(form, settings, parts))
+        settings = {**settled(form, settings, parts), "codec": settings["codec"]}
     except ValueError as error:
         raise InputError(f"{ref.key}: {error}") from error
 
-    def rows(first: int, last: int) -> Array:
-        spans = form.spans(settings, first, last)
-        decoded: Array = form.decode({n: _cut(parts[n], s) for n, s in spans.items()}, settings, first, last)
-        return decoded
-
-    return rows
+    return _decoding(settings, lambda spans: {name: _cut(parts[name], span) for name, span in spans.items()})
 
 
 def _cut(part: Array, span: tuple[int, int, int] | None) -> Array:
     return part if span is None else part[(slice(None),) * span[0] + (slice(span[1], span[2]),)]
 
 
-def _factor(reader: Reader, made: Made) -> Rows:
+def _factor(reader: Reader, made: Made) -> Maker:
     """One of the two; both are made at once, and the other is wanted next."""
     settings = dict(read_settings(made.settings))
     which = "AB".index(settings.pop("part"))
     pair = reader.maker(Made.of("pair", dict(made.parts), settings, 1))
-    return lambda first, last: pair(which, which + 1)[first:last]
+    return Maker(lambda first, last: pair.rows(which, which + 1)[first:last])
 
 
-def _pair(reader: Reader, made: Made) -> Rows:
+def _pair(reader: Reader, made: Made) -> Maker:
     settings, parts = read_settings(made.settings), dict(made.parts)
 
     def matrix(ref: TensorRef) -> F64Array:
@@ -113,15 +129,19 @@ def _pair(reader: Reader, made: Made) -> Rows:
         combining.Pair(**pair, a=matrix(parts[f"a{i}"]), b=matrix(parts[f"b{i}"]))
         for i, pair in enumerate(settings["pairs"])
     ]
-    with np.errstate(over="ignore", invalid="ignore"):
-        combined = combining.combine(combining.Recipe(**settings["recipe"]), settings["module"], pairs)
-        a, b = (round_nearest(x, F32) for x in combined)
-    if not (is_finite(a, F32).all() and is_finite(b, F32).all()):
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            combined = combining.combine(combining.Recipe(**settings["recipe"]), settings["module"], pairs)
+            a, b = (round_nearest(x, F32) for x in combined)
+        finite = bool(is_finite(a, F32).all() and is_finite(b, F32).all())
+    except np.linalg.LinAlgError:  # what numpy says of Inf and NaN
+        finite = False
+    if not finite:
         raise InputError(f"{settings['module']}: the combination is too large for float32; nothing was written")
-    return lambda which, _: (a, b)[which]
+    return Maker(lambda which, _: (a, b)[which])
 
 
-def _mixture(reader: Reader, made: Made) -> Rows:
+def _mixture(reader: Reader, made: Made) -> Maker:
     settings, parts = read_settings(made.settings), dict(made.parts)
 
     def view(name: str, place: list[int], first: int, last: int) -> F64Array:
@@ -130,10 +150,24 @@ def _mixture(reader: Reader, made: Made) -> Rows:
         stored = reader.view(ref, start + first * down, (last - first, cols), (down, right))
         return np.ascontiguousarray(decode(stored, ref.dtype))
 
+    def stretches(name: str, places: list[list[int]], first: int, last: int) -> F64Array:
+        found, at = [], 0
+        for place in places:  # one below the other
+            begin, end = max(first, at), min(last, at + place[1])
+            if begin < end:
+                found.append(view(name, place, begin - at, end - at))
+            at += place[1]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
     def pair(name: str, step: dict[str, Any]) -> mixing.Pair:
-        left = partial(view, f"left{name}", step["left"]) if step["left"] else None
+        left = partial(stretches, f"left{name}", step["left"]) if step["left"] else None
         return mixing.Pair(step["scaling"], view(f"right{name}", step["right"], 0, step["right"][1]), left)
 
     terms = [[pair(f"{i}.{j}", step) for j, step in enumerate(steps)] for i, steps in enumerate(settings["terms"])]
     mixer = mixing.Mixer(mixing.Mix(**settings["mix"]), terms, tuple(settings["shape"]))
-    return mixer.rows
+
+    def rows(first: int, last: int) -> Array:
+        with np.errstate(over="ignore", invalid="ignore"):  # Inf and NaN are found where the result is
+            return mixer.rows(first, last)
+
+    return Maker(rows)

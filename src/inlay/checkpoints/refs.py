@@ -42,6 +42,9 @@ class TensorRef:
     start: int
     made: Made | None = None
 
+    def __hash__(self) -> int:  # of what tells most of them apart: references are looked up for every block
+        return hash((self.file, self.key, self.start))
+
     @classmethod
     def of(cls, root: str, file: str, info: TensorInfo) -> TensorRef:
         return cls(root, file, info.key, info.dtype, info.shape, info.start, info.made)
@@ -70,6 +73,9 @@ class Made:
     parts: tuple[tuple[str, TensorRef], ...]
     settings: str
     cols: int  # values in a row, the unit in which they are made
+
+    def __hash__(self) -> int:
+        return hash((self.formula, self.settings, self.parts[:1]))
 
     @classmethod
     def of(cls, formula: str, parts: Mapping[str, TensorRef], settings: Mapping[str, Any], cols: int) -> Made:

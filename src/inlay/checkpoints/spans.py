@@ -6,11 +6,12 @@ import math
 import os
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from inlay.checkpoints.made import Rows, maker
+from inlay.checkpoints.made import Maker, maker
 from inlay.checkpoints.refs import Made, TensorRef
 from inlay.codecs.encoding import stored_item
 from inlay.dtypes import Array
@@ -18,6 +19,7 @@ from inlay.dtypes import Array
 BASE = "base"
 KEPT_BYTES = 1 << 26
 KEPT_MAKERS = 8  # makers of tensors that are made: the tensors at hand and a few before them
+KEPT_SIMULATED = 2  # of those that keep all codes of a weight
 CHUNK_BYTES = 1 << 20  # of interleaved matrices that are not kept: they are read in pieces
 
 
@@ -31,6 +33,12 @@ def byte_view(array: Array) -> memoryview:
     return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]  # numpy's stubs deny the buffer
 
 
+def _part(ref: TensorRef, index: int) -> TensorRef:
+    """One of the first axis."""
+    shape = ref.shape[1:]
+    return replace(ref, shape=shape, start=ref.start + index * ref.dtype.nbytes(math.prod(shape)))
+
+
 class SpanReader:
     """Reads spans by reference from any thread; files are opened once and closed together.
 
@@ -42,7 +50,8 @@ class SpanReader:
         self._roots = dict(roots)
         self._cache_bytes = cache_bytes
         self._cache: dict[tuple[TensorRef, int], Array] = {}
-        self._makers: dict[Made, Rows] = {}
+        self._makers: dict[Made, Maker] = {}
+        self._making: dict[Made, threading.Lock] = {}
         self._cache_lock = threading.RLock()
         self._open: dict[tuple[str, str], int] = {}
         self._lock = threading.Lock()
@@ -147,6 +156,8 @@ class SpanReader:
         if span is None:
             return self._kept(ref)
         axis, begin, end = span
+        if axis == 0 and len(ref.shape) > 2 and end - begin == 1:  # an expert, of which each row needs all
+            return self._kept(_part(ref, begin))[None]
         if axis == 0:
             row = math.prod(ref.shape[1:]) * stored_item(ref.dtype).itemsize
             block = np.empty((end - begin, *ref.shape[1:]), stored_item(ref.dtype))
@@ -167,24 +178,53 @@ class SpanReader:
 
     def _make(self, ref: TensorRef, made: Made, offset: int, out: Array) -> None:
         """Values of a tensor that no file holds, from byte `offset` of it."""
-        start = (ref.start + offset) // out.itemsize
-        first, last = start // made.cols, -(-(start + out.size) // made.cols)
-        values = self.maker(made)(first, last).reshape(-1)[start - first * made.cols :]
-        out.reshape(-1)[:] = values[: out.size]
+        if not out.size:
+            return
+        if out.itemsize != stored_item(ref.dtype).itemsize:  # bytes, from anywhere
+            self._make_bytes(ref, made, offset, byte_view(out))
+            return
+        start, flat, cols = (ref.start + offset) // out.itemsize, out.reshape(-1), made.cols
+        first, last, tensor = start // cols, -(-(start + out.size) // cols), self.maker(made)
+        rows = start == first * cols and out.size == (last - first) * cols
+        if rows and tensor.into is not None and out.dtype == stored_item(ref.dtype):
+            tensor.into(first, last, flat.reshape(-1, cols))
+        else:
+            flat[:] = tensor.rows(first, last).reshape(-1)[start - first * cols :][: out.size]
 
-    def maker(self, made: Made) -> Rows:
+    def _make_bytes(self, ref: TensorRef, made: Made, offset: int, out: memoryview) -> None:
+        row = made.cols * stored_item(ref.dtype).itemsize
+        start = ref.start + offset
+        first, last = start // row, -(-(start + len(out)) // row)
+        values = byte_view(np.ascontiguousarray(self.maker(made).rows(first, last)))
+        out[:] = values[start - first * row :][: len(out)]
+
+    def maker(self, made: Made) -> Maker:
         """The function that makes rows of such a tensor; the last few are kept."""
         with self._lock:
             found = self._makers.pop(made, None)
             if found is not None:
                 self._makers[made] = found
                 return found
-        found = maker(self, made)  # reads, so not under the lock; two threads may make the same
-        with self._lock:
-            while len(self._makers) >= KEPT_MAKERS:
-                del self._makers[next(iter(self._makers))]
-            self._makers[made] = found
+            making = self._making.setdefault(made, threading.Lock())
+        with making:  # reads and may take long, so not under the lock of all
+            with self._lock:
+                found = self._makers.get(made)
+            if found is None:
+                found = maker(self, made)
+                with self._lock:
+                    self._keep(made, found)
         return found
+
+    def _keep(self, made: Made, found: Maker) -> None:
+        kind = [other for other in self._makers if other.formula == made.formula == "simulated"]
+        gone = kind[: max(0, len(kind) + 1 - KEPT_SIMULATED)]
+        gone += [other for other in self._makers if other not in gone][
+            : len(self._makers) - len(gone) + 1 - KEPT_MAKERS
+        ]
+        for other in gone:
+            del self._makers[other]
+            self._making.pop(other, None)
+        self._makers[made] = found
 
     def whole(self, ref: TensorRef) -> Array:
         """Stored bits of the tensor in its own shape."""

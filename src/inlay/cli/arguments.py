@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from inlay.cli import options
+from inlay.cli import inference, options
 
 
 def export(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +39,9 @@ def verify(parser: argparse.ArgumentParser) -> None:
         "--verify", default="full", choices=("full", "sample"), help="every element (default), or a sample of rows"
     )
     options.add_flag(parser, "--exact", help="fail on roundings too")
+    options.add_flag(parser, "--behaviour", help="run base, base + adapters and merged on prompts too (inlay compare)")
+    inference.add_devices(parser)
+    inference.add_behaviour(parser)
     options.add_printing(parser)
 
 
@@ -50,4 +53,13 @@ def inspect(parser: argparse.ArgumentParser) -> None:
         "--model", default=None, metavar="BASE", help="a base, to say which share of it an adapter trains"
     )
     options.add_flag(parser, "--use_modelscope", help="take ids from ModelScope")
+    options.add_printing(parser)
+
+
+def cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("list", "clear"), help="list: what is there; clear: remove it")
+    parser.add_argument("keys", nargs="*", metavar="KEY", help="clear: only these, by the beginning of their keys")
+    parser.add_argument(
+        "--cache_dir", default=None, metavar="DIR", help="where the cache is (INLAY_CACHE_DIR, or ~/.cache/inlay)"
+    )
     options.add_printing(parser)

@@ -14,18 +14,23 @@ from importlib import import_module
 from io import TextIOWrapper
 
 from inlay import __version__
-from inlay.cli import arguments, options
+from inlay.cli import arguments, inference, options, training
 from inlay.cli.options import EXAMPLES, Parser, spelled
 
 # Objects made before Python looks for cycles. A plan of many experts is a million objects without any, and with
 # the usual 700 a quarter of the time of planning goes into looking.
 GARBAGE_AFTER = 10_000
 COMMANDS = {
+    "sft": "train an adapter, or the whole model, on conversations",
     "export": "merge adapters into a base, as an ordinary checkpoint",
     "plan": "show what export would do, and write nothing",
     "verify": "check whether a directory is base + adapters, whoever made it",
     "inspect": "say what is in a base, an adapter or a merged directory",
     "combine": "make one LoRA adapter of several, by the methods of PEFT",
+    "infer": "ask base + adapters: in the terminal, once, or with a dataset",
+    "serve": "an OpenAI-compatible endpoint over base + adapters",
+    "compare": "check on prompts that merged behaves like base + adapters",
+    "cache": "list or clear merged models that were made for engines",
 }
 
 
@@ -35,8 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command, rest = _command(words)
         parser = Parser(prog=f"inlay {command}", description=COMMANDS[command], allow_abbrev=False)
-        (options.add_combining if command == "combine" else getattr(arguments, command))(parser)
-        args = parser.parse_args(spelled(rest))
+        of_inference = inference.COMMANDS.get(command)
+        apart = {"combine": options.add_combining, "sft": training.sft}
+        (of_inference or apart.get(command) or getattr(arguments, command))(parser)
+        args = parser.parse_args(inference.engine_words(spelled(rest)) if of_inference else spelled(rest))
     except SystemExit as stop:  # argparse has printed help or an error
         return stop.code if isinstance(stop.code, int) else 2
     return _run(command, args)
@@ -59,7 +66,8 @@ def _command(words: Sequence[str]) -> tuple[str, list[str]]:
 def _run(command: str, args: Namespace) -> int:
     # One thread per matrix product: the threads of a merge each have a block of their own.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    os.environ.setdefault("MKL_NUM_THREADS", "1")
+    if command not in inference.COMMANDS:  # torch takes this for its own number of threads
+        os.environ.setdefault("MKL_NUM_THREADS", "1")
     from inlay.errors import CheckFailed, InlayError
 
     try:

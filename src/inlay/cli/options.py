@@ -158,6 +158,12 @@ def add_codes(parser: argparse.ArgumentParser) -> None:
         choices=("reuse", "fresh"),
         help="--keep_quant: the stored scales (reuse), or new ones",
     )
+    group.add_argument(
+        "--compensate",
+        default=None,
+        choices=("adapter",),
+        help="--keep_quant: choose codes that hold each row's whole delta, not the nearest ones",
+    )
     add_flag(group, "--accept_loss", help="even if the codes are too coarse for half of what the adapters add")
     group.add_argument(
         "--keep_16bit",
@@ -269,7 +275,7 @@ def quant(args: argparse.Namespace) -> Quant:
     return Quant(
         args.base_as, args.trained_quant, getattr(args, "keep_quant", False), getattr(args, "scales", None),
         None if keep_16bit == "auto" else keep_16bit, method, getattr(args, "quant_bits", None),
-        getattr(args, "group_size", None), config,
+        getattr(args, "group_size", None), config, getattr(args, "compensate", None),
     )  # fmt: skip
 
 

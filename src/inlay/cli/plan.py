@@ -13,7 +13,9 @@ from dataclasses import replace
 from inlay.cli import options
 from inlay.cli.sources import find_model, open_adapters
 from inlay.cli.text import count, plural, rows, size
+from inlay.errors import InputError
 from inlay.plan.build import make_plan
+from inlay.plan.combination import SUMS
 from inlay.plan.meeting import Meeting, meet
 from inlay.plan.quant import Quant
 from inlay.plan.types import Plan, to_json
@@ -25,7 +27,7 @@ LEAST_AGREED = 3
 
 def run(args: argparse.Namespace) -> int:
     plan, survived = plan_from(args, args.output_dir)
-    meetings = meet(plan) if len(plan.adapters) > 1 else []
+    meetings = meet(_summed(args, plan)) if len(plan.adapters) > 1 else []
     if args.json:
         met = {"meeting": [m.to_json([a.name for a in plan.adapters]) for m in meetings]} if meetings else {}
         left = {"survival": {**survived.to_json(), "of": [s.to_json() for s in survived.tensors]}} if survived else {}
@@ -40,12 +42,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _summed(args: argparse.Namespace, plan: Plan) -> Plan:
+    """The plan in which each adapter stands for itself: how they meet does not depend on how they are combined."""
+    if plan.settings.combine in SUMS:
+        return plan
+    adapters = open_adapters(args)
+    return make_plan(find_model(args, adapters), adapters, max_memory=args.max_memory)
+
+
 def plan_from(args: argparse.Namespace, output_dir: str | None) -> tuple[Plan, Survived | None]:
     """The plan that the options ask for, and how much of the adapters would survive.
 
     With `--keep_16bit auto` a first plan tells which modules stay in 16 bits.
     """
     quant = options.quant(args)
+    if args.keep_16bit == "auto" and not quant.keep and not args.quant_method:
+        raise InputError("--keep_16bit auto is for --keep_quant or --quant_method; the result is in floats as it is")
     plan = _plan(args, output_dir, quant)
     survived = survival(plan, full=args.survival == "full" or args.keep_16bit == "auto")
     if args.keep_16bit == "auto" and survived and (worst := worst_modules(survived)):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from pathlib import Path
 
 from inlay.checkpoints.checkpoint import open_checkpoint
 from inlay.checkpoints.decoded import quantisation
 from inlay.cli import options
+from inlay.cli.compare import describe as describe_behaviour
+from inlay.cli.compare import measure
 from inlay.cli.sources import find_model, open_adapters
 from inlay.cli.text import count, plural
 from inlay.errors import InputError
@@ -48,11 +51,17 @@ def run(args: argparse.Namespace) -> int:
         full=args.verify == "full",
     )
     passed = report.exact if args.exact else report.ok
+    behaviour = measure(args, Path(args.merged)) if args.behaviour else None
     if args.json:
-        print(json.dumps({**report.to_json(), "passed": passed}, indent=1, ensure_ascii=False))
+        found = {"behaviour": behaviour.to_json()} if behaviour else {}
+        passed = passed and (behaviour is None or behaviour.ok)
+        print(json.dumps({**report.to_json(), **found, "passed": passed}, indent=1, ensure_ascii=False))
     else:
         print(describe(report))
         print("passed" if passed else "FAILED")
+        if behaviour:
+            print("\n" + describe_behaviour(behaviour))
+            passed = passed and behaviour.ok
     return 0 if passed else 1
 
 

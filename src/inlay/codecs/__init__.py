@@ -22,6 +22,9 @@ it is written into them.
     decode(parts, settings, first, last) -> float32, (last - first, in)
                 those rows; `parts` are the slices that `spans` names, as stored bits (numpy, 16-bit floats and
                 8-bit floats as unsigned integers)
+    by_kernel(settings) -> bool
+    decode_into(parts, settings, first, last, out)
+                both or neither: whether a compiled kernel decodes such weights, and `decode` by it, into `out`
     align(settings) -> int
                 rows that must be encoded together (blocks of rows begin at a multiple of it)
     measure(weight, settings) -> array           where something of the whole tensor must be known before codes are
@@ -30,7 +33,11 @@ it is written into them.
                 rows of float32 that begin at `first`, encoded: slices as in `spans`. `known` has the parts that are
                 kept (stored scales and zero points of these rows, as stored bits), and "measured". A scale that is
                 not known is rounded to its stored type first, then the codes are chosen with it.
+    OFFSET, shifted_together(settings) -> int    where a part of floats shifts all values of a group by the same: its
+                                                 name, and the columns in a group (0: they lie in several rows). With
+                                                 all parts known but this, `encode` gives it alone
     finish(parts, settings) -> {part: whole}     where parts of all blocks together are stored in another form
+    UNFINISHED  those of them that look like what is stored, and are not, until then
     fresh(shape, options) -> settings            settings of a new weight of this form, or ValueError
     config(settings, excluded) -> quantization_config of a checkpoint of such weights
 

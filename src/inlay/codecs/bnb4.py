@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from inlay.codecs import compiled
 from inlay.dtypes import BY_TORCH_NAME, DTYPES, Array, DType, decode32, round_nearest
 
 F32Array = npt.NDArray[np.float32]
@@ -194,6 +195,34 @@ def decode(parts: Mapping[str, Array], settings: Mapping[str, Any], first: int, 
     values = _lookup(codes, settings["quant_type"])[begin % unit :][:count]
     _scale(values, _scales(parts, settings, begin // settings["blocksize"]), begin, settings["blocksize"])
     return values.reshape(last - first, columns)
+
+
+def by_kernel(settings: Mapping[str, Any]) -> bool:
+    """Always."""
+    return True
+
+
+def decode_into(
+    parts: Mapping[str, Array], settings: Mapping[str, Any], first: int, last: int, out: F32Array
+) -> None:
+    """The same by the compiled kernel."""
+    columns, unit, block = _columns(settings), 2 * _itemsize(settings), settings["blocksize"]
+    begin = first * columns
+    codes = np.ascontiguousarray(parts["weight"]).reshape(-1).view(np.uint8)
+    nested = settings["nested"]
+    if nested and nested["dtype"] == "float32":
+        within = begin // block % nested["blocksize"]
+        tables = parts["nested_quant_map"], parts["nested_absmax"]
+        scales = compiled.nested(parts["absmax"], *tables, within, nested["blocksize"], nested["offset"])
+    else:
+        scales = _scales(parts, settings, begin // block)
+    table = _table(settings["quant_type"])
+    compiled.sixteen(codes, begin % unit, table, scales, begin % block, block, out.reshape(-1))
+
+
+@cache
+def _table(quant_type: str) -> F32Array:
+    return np.array(TABLES[quant_type], np.float32)
 
 
 @cache

@@ -42,7 +42,7 @@ def encode_whole(
     Raises ValueError for a weight that the form cannot hold (NaN, Inf).
     """
     fixed = measured(form, settings, blocks)
-    layout = form.layout(settings)
+    layout, unfinished = form.layout(settings), getattr(form, "UNFINISHED", ())
     whole: dict[str, Array] = {}
     pieces: dict[str, list[Array]] = {}
     for first, values in blocks():
@@ -55,7 +55,9 @@ def encode_whole(
             if part in kept:
                 continue
             span, stored = spans.get(part), layout.get(part)
-            if span is None:
+            if part in unfinished:
+                pieces.setdefault(part, []).append(piece)
+            elif span is None:
                 whole[part] = piece
             elif stored and _fits(piece, span, *stored):
                 if part not in whole:

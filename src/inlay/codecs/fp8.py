@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from inlay.codecs import compiled
 from inlay.codecs.floats import LARGEST, encode_float, table
 from inlay.dtypes import DTYPES, Array, decode32, round_nearest
 
@@ -151,6 +152,23 @@ def decode(parts: Mapping[str, Array], settings: Mapping[str, Any], first: int, 
     with np.errstate(over="ignore", invalid="ignore"):
         _each_block(np.multiply, values, scales, settings["block"][1])
     return values
+
+
+def by_kernel(settings: Mapping[str, Any]) -> bool:
+    """E4M3."""
+    return bool(settings["dtype"] == "F8_E4M3")
+
+
+def decode_into(
+    parts: Mapping[str, Array], settings: Mapping[str, Any], first: int, last: int, out: F32Array
+) -> None:
+    """The same by the compiled kernel."""
+    *lead, rows, columns = settings["shape"]
+    begin = first // rows * rows if lead else first
+    codes = parts["weight"].reshape(-1, columns)[first - begin : last - begin]
+    scales = _scales(parts[settings["scale"]], settings, first, last)
+    size = settings["block"][1] if scales.shape[1] > 1 else columns
+    compiled.e4m3(codes.view(np.uint8), np.ascontiguousarray(scales), size, out)
 
 
 def look_up(codes: npt.NDArray[np.uint8], values: F32Array, pairs: npt.NDArray[np.uint64]) -> F32Array:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from inlay.codecs import packing
+from inlay.codecs import compiled, packing
 from inlay.codecs.packing import Codes, F32Array, Found
 from inlay.dtypes import DTYPES, Array, F64Array, decode32
 
@@ -154,6 +154,20 @@ def decode(parts: Mapping[str, Array], settings: Mapping[str, Any], first: int, 
         return packing.dequantise(codes, zeros, scales, bits, _size(settings))
     index = parts["g_idx"]
     return packing.dequantise(codes, zeros.take(index, 1), scales.take(index, 1), bits, 1)
+
+
+def by_kernel(settings: Mapping[str, Any]) -> bool:
+    """4 bits, and groups that are runs of columns."""
+    return bool(settings["bits"] == 4 and settings["order"] != "given")
+
+
+def decode_into(
+    parts: Mapping[str, Array], settings: Mapping[str, Any], first: int, last: int, out: F32Array
+) -> None:
+    """The same by the compiled kernel."""
+    zeros = _zeros(parts["qzeros"], settings, first, last)
+    scales = np.ascontiguousarray(decode32(parts["scales"], DTYPES[settings["scale"]]).T)
+    compiled.words(parts["qweight"], zeros, scales, _size(settings), out)
 
 
 def _zeros(packed: Array, settings: Mapping[str, Any], first: int, last: int) -> Codes:

@@ -46,6 +46,7 @@ OPTIONAL = {
 NAME_SUFFIX = ".weight"
 CODES = ("U8", "I32", "BF16", "F16", "F32")
 EXTRAS: tuple[str, ...] = ()
+UNFINISHED = ("W_q",)
 
 PACKINGS = {
     "8bit_u8": (1, 8),
@@ -56,6 +57,7 @@ PACKINGS = {
 }  # pieces, bits
 BIT_PACKINGS = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
 OPTIONS = {"nbits": 4, "group_size": 64, "dtype": "bfloat16"}
+OFFSET = "zero"  # floats, and the same for all values of a group
 TEXTS = ("packing", "compute_dtype", "unpack_view_dtype")
 NUMBERS = {"shape": "I64", "nbits": "I32", "group_size": "I32", "axis": "I32"}  # others are U8
 
@@ -166,6 +168,16 @@ def spans(settings: Mapping[str, Any], first: int, last: int) -> dict[str, tuple
 
 def decode(parts: Mapping[str, Array], settings: Mapping[str, Any], first: int, last: int) -> F32Array:
     """Rows `[first, last)`, float32 (last − first, in)."""
+    values, begin = _codes(parts, settings, first, last), first * settings["shape"][1]
+    for operation, part in ((np.subtract, "zero"), (np.multiply, "scale")):
+        stored = decode32(parts[part], DTYPES[settings[part]])
+        for inside, of_group in _broadcasts(values, stored, settings, begin):
+            operation(inside, of_group, out=inside)
+    return values.reshape(last - first, settings["shape"][1])
+
+
+def _codes(parts: Mapping[str, Array], settings: Mapping[str, Any], first: int, last: int) -> F32Array:
+    """Codes of the rows, put end to end."""
     span = spans(settings, first, last)["W_q"]
     begin, end = first * settings["shape"][1], last * settings["shape"][1]
     words = np.ascontiguousarray(parts["W_q"]).reshape(-1).view(np.dtype(DTYPES[_word(settings)].raw))
@@ -175,11 +187,7 @@ def decode(parts: Mapping[str, Array], settings: Mapping[str, Any], first: int, 
         low, high = max(begin, number * piece), min(end, (number + 1) * piece)
         taken = words[low - number * piece - start : high - number * piece - start]
         _unpack(taken, settings["packing"], number, values[low - begin : high - begin])
-    for operation, part in ((np.subtract, "zero"), (np.multiply, "scale")):
-        stored = decode32(parts[part], DTYPES[settings[part]])
-        for inside, of_group in _broadcasts(values, stored, settings, begin):
-            operation(inside, of_group, out=inside)
-    return values.reshape(last - first, settings["shape"][1])
+    return values
 
 
 def _unpack(words: Array, packing: str, piece: int, out: F32Array) -> None:
@@ -218,7 +226,12 @@ def align(settings: Mapping[str, Any]) -> int:
 
 
 def encode(weight: F32Array, settings: Mapping[str, Any], first: int, known: Mapping[str, Array]) -> dict[str, Array]:
-    """Codes, one a byte, in the weight's shape: `finish` packs them. New scales for groups along a row only."""
+    """Codes, one a byte, in the weight's shape: `finish` packs them. New scales for groups along a row only.
+
+    Where the codes are known too, only the zero points.
+    """
+    if "W_q" in known:
+        return {"zero": _zeros(weight, settings, first, known)}
     values = np.array(weight, np.float32).reshape(-1)
     parts: dict[str, Array] = {}
     if not {"scale", "zero"} <= known.keys():
@@ -233,6 +246,32 @@ def encode(weight: F32Array, settings: Mapping[str, Any], first: int, known: Map
             operation(inside, of_group, out=inside)
     np.clip(np.rint(values, out=values), 0, (1 << settings["nbits"]) - 1, out=values)
     return {"W_q": values.astype(np.uint8).reshape(-1, settings["shape"][1]), **parts}
+
+
+def shifted_together(settings: Mapping[str, Any]) -> int:
+    """Columns of a row that share a zero point; 0 where those that share one lie in several rows."""
+    whole_rows = settings["axis"] == 1 and settings["shape"][1] % settings["group_size"] == 0
+    return int(settings["group_size"]) if whole_rows else 0
+
+
+def _zeros(weight: F32Array, settings: Mapping[str, Any], first: int, known: Mapping[str, Array]) -> Array:
+    """Zero points with which codes and scales that are known give this weight: the mean of code − weight / scale.
+
+    All values of a group agree on it, but for the rounding of float32, where the weight is one of these codes and
+    scales that was shifted group by group.
+    """
+    groups = (-1, settings["group_size"])
+    codes = _codes(known, settings, first, first + len(weight)).reshape(groups)
+    scales = decode32(known["scale"], DTYPES[settings["scale"]]).astype(np.float64).reshape(-1, 1)
+    if not (np.isfinite(weight).all() and np.isfinite(scales).all() and scales.all()):
+        raise ValueError("a value is not finite, or a scale is 0 or not finite, for which there is no zero point")
+    zeros = (codes - weight.reshape(groups) / scales).mean(axis=1, keepdims=True)
+    stored = round_nearest(zeros, DTYPES[settings["zero"]])
+    if not np.isfinite(decode32(stored, DTYPES[settings["zero"]])).all():
+        raise ValueError(
+            f"a zero point of {np.abs(zeros).max():.3g} is beyond {settings['zero']}, in which it is stored"
+        )
+    return stored
 
 
 def _scales(groups: F32Array, settings: Mapping[str, Any]) -> dict[str, Array]:
@@ -254,6 +293,8 @@ def _scales(groups: F32Array, settings: Mapping[str, Any]) -> dict[str, Array]:
 
 def finish(parts: Mapping[str, Array], settings: Mapping[str, Any]) -> dict[str, Array]:
     """W_q packed, and the small tensors."""
+    if "W_q" not in parts:  # it is kept
+        return {}
     pieces, bits = PACKINGS[settings["packing"]]
     rows = _piece(settings) // _columns(settings)
     codes = np.zeros((pieces * rows, _columns(settings)), np.dtype(DTYPES[_word(settings)].raw))

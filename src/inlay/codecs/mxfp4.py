@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from inlay.codecs import compiled
 from inlay.codecs.floats import E2M1, encode_e2m1, table
 from inlay.codecs.fp8 import look_up, paired
 from inlay.dtypes import Array
@@ -78,6 +79,22 @@ def decode(parts: Mapping[str, Array], settings: Mapping[str, Any], first: int, 
         stored = parts["blocks"][expert - begin, :, groups], parts["scales"][expert - begin, :, groups]
         pieces.append(_decode_groups(*stored)[start - groups.start * GROUP : stop - groups.start * GROUP])
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def by_kernel(settings: Mapping[str, Any]) -> bool:
+    """Always."""
+    return True
+
+
+def decode_into(
+    parts: Mapping[str, Array], settings: Mapping[str, Any], first: int, last: int, out: F32Array
+) -> None:
+    """The same by the compiled kernel."""
+    rows, begin = settings["shape"][1], first // settings["shape"][1]
+    for expert in range(begin, -(-last // rows)):
+        start, stop = max(first, expert * rows), min(last, (expert + 1) * rows)
+        stored = parts["blocks"][expert - begin], parts["scales"][expert - begin]
+        compiled.mxfp4(*stored, start - expert * rows, stop - expert * rows, out[start - first : stop - first])
 
 
 def _decode_groups(blocks: U8Array, scales: U8Array) -> F32Array:

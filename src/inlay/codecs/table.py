@@ -9,7 +9,7 @@ from types import ModuleType
 # Their files, in the order in which they are tried; the names that plans have.
 CODECS = (
     "bnb4", "bnb8", "gptq", "awq", "compressed_pack", "compressed_fp4", "compressed", "modelopt", "fp8",
-    "mxfp4", "hqq",
+    "mxfp4", "hqq", "mlx",
 )  # fmt: skip
 
 

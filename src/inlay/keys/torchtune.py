@@ -39,10 +39,16 @@ def is_permuted(model_type: object, module: str) -> bool:
 
 def head_width(config: Mapping[str, Any]) -> int | None:
     """Elements of a head of attention, where the config says so."""
-    width, hidden, heads = (config.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads"))
-    if isinstance(width, int):
-        return width
-    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 else None
+    if config.get("head_dim") is not None:
+        return _count(config, "head_dim")
+    hidden, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
+    return hidden // heads if hidden and heads else None
+
+
+def _count(config: Mapping[str, Any], name: str) -> int | None:
+    """A field that is a positive number."""
+    value = config.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def stretches(outputs: int, width: int) -> list[Stretch]:
@@ -62,13 +68,16 @@ def fused(module: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int
         key, parts = f"{parent}.gate_up_proj.weight", {"gate_proj": (0, 1), "up_proj": (1, 2)}
         rows = shapes[key][0] // 2 if key in shapes else 0
         return _slice(key, tuple(end * rows for end in parts[name]), shapes)
-    width, heads, shared = head_width(config), config.get("num_attention_heads"), config.get("num_key_value_heads")
-    shared = heads if shared is None else shared
-    if name not in ("q_proj", "k_proj", "v_proj") or not (width and isinstance(heads, int) and isinstance(shared, int)):
+    width, heads = head_width(config), _count(config, "num_attention_heads")
+    shared = heads if config.get("num_key_value_heads") is None else _count(config, "num_key_value_heads")
+    key = f"{parent}.qkv_proj.weight"
+    if name not in ("q_proj", "k_proj", "v_proj") or key not in shapes or not (width and heads and shared):
         return ()
     q, kv = heads * width, shared * width
+    if shapes[key][0] != q + 2 * kv:
+        return ()
     ends = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}[name]
-    return _slice(f"{parent}.qkv_proj.weight", ends, shapes)
+    return _slice(key, ends, shapes)
 
 
 def _slice(key: str, ends: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Slice, ...]:

@@ -19,15 +19,17 @@ from inlay.checkpoints.spans import BASE, SpanReader, adapter_root
 from inlay.dtypes import BF16, BY_TORCH_NAME, DTYPES, F16, DType
 from inlay.errors import InputError, PlanError, Problem
 from inlay.output.destination import check_destination
-from inlay.plan import cost, layout, sidecars
+from inlay.plan import compensating, cost, layout, sidecars, zero_points
 from inlay.plan.check import Findings, check_adapters, check_base, check_pipeline, new_head, vocabulary
-from inlay.plan.combination import SUMS, Options, combined_adapter, method_problems, mix, weight_problems
+from inlay.plan.combination import SUMS, Options, by_place, combined_adapter, method_problems, weight_problems
 from inlay.plan.combine import Draft, combine, order_matters, overlaps
 from inlay.plan.contribute import contribute
+from inlay.plan.excluding import less_codes
 from inlay.plan.memory import DEFAULT_MAX_MEMORY, whole
+from inlay.plan.mixtures import mix
 from inlay.plan.pieces import cuts_norms, pieces
 from inlay.plan.placer import Contribution
-from inlay.plan.quant import Quant, excluded_config, keep_codes, quantise, request_problems, simulate, trained_as
+from inlay.plan.quant import Quant, keep_codes, quantise, request_problems, simulate, trained_as
 from inlay.plan.steps import AnyStep, Delta, Dense, Step
 from inlay.plan.tied import Untied, settle_ties
 from inlay.plan.types import (
@@ -182,9 +184,11 @@ class _Planner:
             for i, (adapter, weight) in enumerate(zip(self.adapters, weights, strict=True))
         ]
         check_adapters(self.base, contributions, self.found)
+        touched = Counter(key for found in contributions for key in found.keys)
+        shared = tuple(key for key, count in touched.items() if count > 1)
         drafts, untied = self._drafts(self._combined(contributions))
-        shards, quant_config = self._shards(drafts, untied)
-        files, left_out = self._sidecars(shards, untied, quant_config)
+        shards, codes = self._shards(drafts, untied)
+        files, left_out = self._sidecars(shards, untied, codes)
         self._explain_base()
         self._explain_memory(shards)
         check_base(self.base, self.adapters, self.found)
@@ -200,8 +204,8 @@ class _Planner:
             expectations=self._expectations(),
             warnings=tuple(self.found.warnings),
             notes=tuple(self.notes),
-            overlaps=overlaps(drafts),
-            order_matters=order_matters(drafts),
+            overlaps=shared if self.settings.combine not in SUMS else overlaps(drafts),
+            order_matters=order_matters(drafts) or (bool(shared) and by_place(self.settings.combine)),
             cost=cost.estimate(shards, max_memory, self.problems),
             inputs=self._inputs(),
         )
@@ -295,8 +299,8 @@ class _Planner:
 
     def _shards(
         self, drafts: Mapping[str, Draft], untied: Untied | None
-    ) -> tuple[tuple[ShardPlan, ...], Mapping[str, Any] | None]:
-        """Output files, and a new `quantization_config` where there is one."""
+    ) -> tuple[tuple[ShardPlan, ...], Mapping[str, Mapping[str, Any]]]:
+        """Output files, and what is said anew of codes: by file, then by dotted path."""
         by_shard: list[tuple[str, list[Entry]]] = []
         for shard in self.base.shards:
             refs = (TensorRef.of(BASE, shard.file, t) for t in shard.tensors)
@@ -304,26 +308,30 @@ class _Planner:
         for key in [key for key in drafts if key not in self.base.tensors]:
             self._add_new(key, drafts[key], by_shard, untied)
         stored: Sequence[tuple[str, Sequence[Entry | Coded]]] = by_shard
-        config: Mapping[str, Any] | None = None
+        codes: Mapping[str, Mapping[str, Any]] = {}
         if self.decoded and self.quant.keep:
-            stored = keep_codes(self.decoded, by_shard, self.quant)
-            config = self._less_codes(stored)
+            stored = keep_codes(self.decoded, by_shard, self.quant, self.problems)
+            every = [entry for _, entries in stored for entry in entries]
+            self.notes += zero_points.notes_of(every) + compensating.notes_of(every)
+            self.problems += compensating.problems_of(every)
+            freed = self._freed(stored)
+            codes = less_codes(self.base.on_disk, freed) if freed else {}
         elif self.quant.method:
             made = quantise(self.base, by_shard, self.quant, self.problems)
-            stored, config = made.by_shard, made.config
+            stored, codes = made.by_shard, {sidecars.CONFIG: {"quantization_config": dict(made.config)}}
             self.notes.append(f"{made.encoded} linear weights stored in codes ({self.quant.method})")
         largest = max((sum(e.nbytes for e in entries) for _, entries in stored), default=0)
         limit = self.settings.max_shard_bytes
-        if limit is None and self.decoded and largest > layout.USUAL_SHARD_BYTES:
+        grows = self.decoded is not None and not self.quant.keep
+        if limit is None and grows and largest > layout.USUAL_SHARD_BYTES:
             limit = layout.USUAL_SHARD_BYTES  # the shards of a quantised base grow to four times their size
-        return layout.lay_out(self.written, stored, limit), config
+        return layout.lay_out(self.written, stored, limit), codes
 
-    def _less_codes(self, stored: Sequence[tuple[str, Sequence[Entry | Coded]]]) -> Mapping[str, Any] | None:
-        """`quantization_config` without the modules that are no longer in codes, if there are such."""
+    def _freed(self, stored: Sequence[tuple[str, Sequence[Entry | Coded]]]) -> list[str]:
+        """Modules that are no longer in codes."""
         assert self.decoded is not None
         keys = {e.key for _, entries in stored for e in entries if isinstance(e, Entry) and e.touched}
-        freed = [e.stem.removesuffix(".weight") for key, e in self.decoded.encodings.items() if key in keys]
-        return excluded_config(quantisation(self.base.on_disk) or {}, freed) if freed else None
+        return [e.stem.removesuffix(".weight") for key, e in self.decoded.encodings.items() if key in keys]
 
     def _entry(self, key: str, ref: TensorRef, draft: Draft) -> Entry:
         source = draft.source or ref
@@ -394,7 +402,7 @@ class _Planner:
         self.notes.append(f"{key} is new: the base has no such tensor")
 
     def _sidecars(
-        self, shards: Sequence[ShardPlan], untied: Untied | None, quant_config: Mapping[str, Any] | None
+        self, shards: Sequence[ShardPlan], untied: Untied | None, codes: Mapping[str, Mapping[str, Any]]
     ) -> tuple[tuple[Sidecar, ...], dict[str, str]]:
         every = [e.weight if isinstance(e, Coded) else e for shard in shards for e in shard.entries]
         entries: dict[str, Entry] = {e.key: e for e in every}
@@ -406,14 +414,14 @@ class _Planner:
             vocabulary(self.base, entries, self.problems),
             new_head(self.base, self.adapters, entries),
         )
-        if quant_config is not None:
-            edits["quantization_config"] = dict(quant_config)
-        by_file = {sidecars.CONFIG: edits} if edits else {}
+        by_file = {file: dict(values) for file, values in codes.items()}
+        if edits:
+            by_file[sidecars.CONFIG] = {**edits, **by_file.get(sidecars.CONFIG, {})}
         if self.base.components:
             by_file = sidecars.pipeline_edits(self.base, self.settings.dtype, shards)
         for file, values in by_file.items():
             self.notes.append(f"{file}: " + ", ".join(f"{k} = {v!r:.60}" for k, v in values.items()))
-        removed = sidecars.of_codes(self.base.on_disk.config) if decodes and quant_config is None else ()
+        removed = sidecars.of_codes(self.base.on_disk.config) if decodes else ()
         if removed:
             self.notes.append(f"{sidecars.CONFIG}: without {', '.join(removed)}")
         files, left_out = sidecars.plan_sidecars(self.written, self.adapters, by_file, removed, self.notes)
@@ -428,7 +436,7 @@ class _Planner:
             Expectation(i, key, digest)
             for i, adapter in enumerate(self.adapters)
             for key, digest in sorted(adapter.fingerprint.get("tensors", {}).items())
-            if key in self.base.tensors and self.base.tensors[key][1].made is None
+            if key in self.base.on_disk.tensors
         )
 
     def _use(self, found: Contribution) -> AdapterUse:

@@ -15,6 +15,7 @@ from inlay.keys.rules import AS_THEY_ARE
 from inlay.plan import experts, sidecars
 from inlay.plan.placer import Contribution
 from inlay.plan.types import Entry, Settings
+from inlay.records.fingerprint import tokenizer_digest
 from inlay.tuners import dense
 
 SHIFTED = {
@@ -129,6 +130,11 @@ def check_base(base: Checkpoint, adapters: Sequence[Adapter], findings: Findings
         if recorded and recorded != base.fingerprint:
             what = f"was trained on another base: recorded {recorded}, this one is {base.fingerprint}"
             findings.problems.append(Problem(adapter.name, what))
+        if (tokens := adapter.fingerprint.get("tokenizer")) and tokens != tokenizer_digest(base.path):
+            findings.warnings.append(
+                f"{adapter.name} was trained with another tokenizer than the one of this base; where its tokens "
+                "differ, the result will not say what was learned"
+            )
         if adapters[:i] and adapter.digest in {a.digest for a in adapters[:i]}:
             findings.warnings.append(f"{adapter.name} is given twice: it counts twice")
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from inlay.adapters.adapter import Adapter
+from inlay.adapters.adapter import PEFT, Adapter
 from inlay.adapters.values import scan_values
 from inlay.checkpoints.refs import TensorInfo
 from inlay.errors import Problem
@@ -72,7 +72,8 @@ def check_adapter(adapter: Adapter) -> list[Problem]:
     """Everything in an adapter that is not a pair for a module, and so cannot be combined."""
     config, parts = adapter.config, {name for parts in adapter.parts.values() for name in parts}
     if not is_lora(adapter):
-        what = f"is not a LoRA of PEFT (peft_type {config.raw.get('peft_type')}), which alone can be combined"
+        kind = f"peft_type {config.raw.get('peft_type')}" + ("" if adapter.format == PEFT else f", {adapter.format}")
+        what = f"is not a LoRA in PEFT's format ({kind}), which alone can be combined"
         return [Problem(str(adapter.path), what)]
     reasons = [f"sets {name}, which is more than a plain LoRA" for name in NOT_PLAIN if config.raw.get(name)]
     if config.variant:
@@ -136,7 +137,7 @@ def _bad_pair(name: str, adapter: Adapter, parts: Mapping[str, TensorInfo], kind
     a, b = parts[kind[0]], parts[kind[1]]
     if not a.dtype.mergeable or not b.dtype.mergeable:
         return f"tensors of type {a.dtype.name} and {b.dtype.name}, which are no floats of 16 bits or more,"
-    fits = len(a.shape) == len(b.shape) >= 2 and a.shape[0] == b.shape[1] > 0
+    fits = len(a.shape) == len(b.shape) >= 2 and a.shape[0] == b.shape[1] and 0 not in (*a.shape, *b.shape)
     if not fits or any(n != 1 for n in b.shape[2:]):
         return f"A {a.shape} and B {b.shape} are no pair"
     if a.shape[0] != adapter.config.rank(name):

@@ -2,7 +2,7 @@
 
 sum, override            in `inlay.plan.combine`: every adapter by its own steps
 PEFT's methods           one adapter made of the factors of all (`combined_adapter`), placed like any other
-mergekit's methods       the steps of all on one tensor become one delta, mixed element by element (`mix`)
+mergekit's methods       in `inlay.plan.mixtures`: the steps of all on one tensor become one delta
 """
 
 from __future__ import annotations
@@ -11,21 +11,18 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from inlay.adapters.adapter import CONFIG, Adapter
-from inlay.adapters.peft_config import parse_peft_config
+from inlay.adapters.peft_config import Strength, parse_peft_config
 from inlay.adapters.peft_names import PREFIX
 from inlay.checkpoints.refs import Made, TensorInfo, TensorRef
 from inlay.checkpoints.spans import adapter_root
-from inlay.dtypes import F32, F64
+from inlay.dtypes import F32
 from inlay.errors import Problem
 from inlay.plan.combinable import Module, check_adapter, find_modules, is_lora
-from inlay.plan.combine import Draft
-from inlay.plan.steps import Delta, Part, Step
 from inlay.tuners import combining, mixing
 from inlay.tuners.combining import MAJORITY_SIGNS, Recipe
 
@@ -47,6 +44,12 @@ class Options:
     def given(self) -> dict[str, Any]:
         """Those that are given, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def by_place(name: str) -> bool:
+    """Whether an adapter's place in the list decides something: the random elements that are kept of it, or the way."""
+    peft, mergekit = combining.METHODS.get(name), mixing.METHODS.get(name)
+    return bool((peft and peft.prunes == "random") or (mergekit and mergekit.prunes == "ranks"))
 
 
 def method_problems(name: str, options: Options) -> list[Problem]:
@@ -105,8 +108,9 @@ def weight_problems(name: str, weights: Sequence[float] | None, count: int) -> l
         problems.append(Problem("adapter_weights", "must be finite numbers"))
     if mergekit and not mergekit.weighted and any(w != 1 for w in weights):
         problems.append(Problem("adapter_weights", f"have no meaning for {name}; leave them out"))
-    if name == "slerp" and (min(weights, default=0) < 0 or sum(weights) <= 0):
-        problems.append(Problem("adapter_weights", "slerp takes weights that are not negative, and not both zero"))
+    if name == "slerp" and (min(weights, default=0) < 0 or not 0 < sum(weights) < math.inf):
+        what = "slerp takes weights that are not negative, and not both zero, with a sum that is a number"
+        problems.append(Problem("adapter_weights", what))
     return problems
 
 
@@ -133,10 +137,9 @@ def different_bases(adapters: Sequence[Adapter]) -> list[Problem]:
 
 @dataclass(frozen=True)
 class Combined:
-    """One adapter made of several, with its modules and what decides it. Its tensors are made when they are read."""
+    """One adapter made of several, with what decides it and its ranks. Its tensors are made when they are read."""
 
     adapter: Adapter
-    modules: Sequence[Module]
     recipe: Recipe
     ranks: Mapping[str, int]
 
@@ -167,14 +170,17 @@ def combined_adapter(
     adapter = Adapter(
         path=first.path,
         name="+".join(a.name for a in adapters),
-        config=parse_peft_config(_config(modules, ranks, adapters), first.path / CONFIG),
+        config=replace(
+            parse_peft_config(_config(modules, ranks, adapters), first.path / CONFIG),
+            strengths={name: Strength(rank, rank, 1.0) for name, rank in ranks.items()},
+        ),
         weights_file=first.weights_file,
         tensors=tuple(t for tensors in parts.values() for t in tensors.values()),
         parts=parts,
         full={},
         unused=(),
     )
-    return Combined(adapter, modules, recipe, ranks), []
+    return Combined(adapter, recipe, ranks), []
 
 
 def describe(recipe: Recipe, adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Any]:
@@ -255,84 +261,31 @@ def rank_table(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
     """`r` and `rank_pattern` that give each module its rank.
 
     r is the largest rank, for readers that set aside room by it and know no patterns. The others are named
-    by their last word where all modules of that word have this rank, else in full and anchored.
+    by their last word where all modules of that word have this rank, else in full and anchored, those of one
+    rank in one pattern, since readers match every pattern to every module.
     """
     r, by_word = max(ranks.values()), defaultdict(set)
     for name, rank in ranks.items():
         by_word[name.rpartition(".")[2]].add(rank)
-    table = {}
+    table: dict[str, int] = {}
+    in_full: defaultdict[int, list[str]] = defaultdict(list)
     for name, rank in ranks.items():
         word = name.rpartition(".")[2]
-        if rank != r:
-            table[re.escape(word) if len(by_word[word]) == 1 else f"^{re.escape(name)}"] = rank
-    return r, table
+        if rank != r and len(by_word[word]) == 1:
+            table[re.escape(word)] = rank
+        elif rank != r:
+            in_full[rank].append(name)
+    return r, table | {f"^{_one_of([n.split('.') for n in names])}": rank for rank, names in in_full.items()}
 
 
-# mergekit's methods.
-
-
-def mix(
-    drafts: Mapping[str, Draft], name: str, weights: Sequence[float], options: Options, names: Sequence[str],
-    problems: list[Problem],
-) -> None:  # fmt: skip
-    """The pairs of all adapters on a tensor, or on one module of it, become one delta each."""
-    for key, draft in drafts.items():
-        if draft.source is not None or draft.patches:
-            what = f"is replaced, wholly or in rows, by {names[min(draft.by)]}; {name} mixes what is added"
-            problems.append(Problem(key, what))
-            continue
-        other = [step for step in draft.steps if not isinstance(step, Step) or step.magnitude is not None]
-        if other:
-            who = names[other[0].adapter]
-            problems.append(Problem(key, f"{who} is {other[0].tuner}; {name} mixes the deltas of LoRA pairs"))
-            continue
-        by_rows: dict[tuple[int, int] | None, list[Step]] = {}
-        for step in draft.steps:
-            assert isinstance(step, Step)
-            by_rows.setdefault(step.rows, []).append(step)
-        if crossing := _crossing(list(by_rows)):
-            problems.append(Problem(key, f"the adapters reach rows {crossing} of it, and {name} needs the same"))
-            continue
-        draft.steps[:] = [_mixed(key, steps, rows, name, weights, options) for rows, steps in by_rows.items()]
-
-
-def _crossing(ranges: Sequence[tuple[int, int] | None]) -> str:
-    """Ranges of rows that overlap without being the same, for a message."""
-    if None in ranges and len(ranges) > 1:
-        return "all and some"
-    ordered = sorted(r for r in ranges if r)
-    return next((f"{a} and {b}" for a, b in pairwise(ordered) if b[0] < a[1]), "")
-
-
-def _mixed(
-    key: str, steps: Sequence[Step], rows: tuple[int, int] | None, name: str, weights: Sequence[float],
-    options: Options,
-) -> Delta:  # fmt: skip
-    positions = sorted({step.adapter for step in steps})
-    refs: dict[str, TensorRef] = {}
-    terms: list[list[dict[str, Any]]] = []
-    for i, position in enumerate(positions):
-        terms.append([])
-        for j, step in enumerate(s for s in steps if s.adapter == position):
-            refs[f"right{i}.{j}"] = step.right.ref
-            if step.left is not None:
-                refs[f"left{i}.{j}"] = step.left.ref
-            terms[-1].append(
-                {"scaling": step.scaling, "left": step.left and _place(step.left), "right": _place(step.right)}
-            )
-    height = steps[0].left.shape[0] if steps[0].left else 1
-    shape = height, steps[0].right.shape[1]
-    how = {
-        "name": name, "tensor": key if rows is None else f"{key}[{rows[0]}:{rows[1]}]", "positions": positions,
-        "weights": [weights[p] for p in positions], "density": 1.0 if options.density is None else options.density,
-        "gamma": mixing.GAMMA if options.gamma is None else options.gamma,
-        "epsilon": mixing.EPSILON if options.epsilon is None else options.epsilon,
-        "majority_sign": options.majority_sign_method or MAJORITY_SIGNS[0], "seed": options.seed or 0,
-    }  # fmt: skip
-    made = Made.of("mixture", refs, {"mix": how, "terms": terms, "shape": list(shape)}, shape[1])
-    ref = TensorRef(adapter_root(positions[0]), "", key, F64, shape, 0, made)
-    return Delta(positions[0], name, ref, rows)
-
-
-def _place(part: Part) -> list[int]:
-    return [part.start, *part.shape, *part.strides]
+def _one_of(names: Sequence[Sequence[str]]) -> str:
+    """A pattern for names of several words; what they begin with in common is in it, and matched, once."""
+    following: defaultdict[str, list[Sequence[str]]] = defaultdict(list)
+    for word, *rest in names:
+        following[word].append(rest)
+    found = []
+    for word, rests in following.items():
+        longer = [rest for rest in rests if rest]
+        tail = rf"\.{_one_of(longer)}" if longer else ""
+        found.append(re.escape(word) + (f"({tail})?" if tail and len(longer) < len(rests) else tail))
+    return found[0] if len(found) == 1 else f"({'|'.join(found)})"

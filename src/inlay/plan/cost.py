@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from inlay.checkpoints.refs import TensorRef
 from inlay.errors import Problem
 from inlay.plan import memory
+from inlay.plan.memory import by_kernel, threads
 from inlay.plan.types import Coded, Cost, Entry, ShardPlan
-from inlay.tuners import kernel
-
-
-def threads() -> int:
-    """Threads that a run uses when not told otherwise: the processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def by_kernel(entry: Entry) -> bool:
-    """Whether the float32 kernel does this entry, or any piece of it; otherwise it is computed in float64."""
-    if entry.patches:
-        return False
-    steps = entry.low_rank
-    additive = len(steps) == len(entry.steps) and all(step.magnitude is None for step in steps)
-    parts = [part.ref.dtype for step in steps for part in (step.left, step.right) if part]
-    return additive and kernel.fits(entry.source.dtype, entry.dtype, parts)
 
 
 def estimate(shards: Sequence[ShardPlan], max_memory: int, problems: list[Problem]) -> Cost:
@@ -35,16 +19,13 @@ def estimate(shards: Sequence[ShardPlan], max_memory: int, problems: list[Proble
     refs = {ref for e in weights for ref in _adapter_refs(e)}
     cache = memory.factor_cache(shards, max_memory)
     peaks = [0]
-    for entry in computed:
+    for key, entry in {e.weight.key if isinstance(e, Coded) else e.key: e for e in computed}.items():
         try:
             peaks.append(_peak(entry, max_memory - cache))
         except ValueError as error:
-            problems.append(
-                Problem(
-                    entry.key,
-                    f"one row and its factors take {error.args[0]:,} bytes, --max_memory allows {max_memory:,}",
-                )
-            )
+            what = "its codes and the rows that are encoded" if isinstance(entry, Coded) else "one row and its factors"
+            needed, allowed = error.args[0] + cache, f"--max_memory allows {max_memory:,}"
+            problems.append(Problem(key, f"{what} take {needed:,} bytes with what is kept of files, {allowed}"))
     every = {w.key: w for w in (e.weight if isinstance(e, Coded) else e for e in entries)}.values()
     floats = [e for e in every if e.dtype.kind in ("float", "code")]
     return Cost(

@@ -33,6 +33,9 @@ def place(placer: Placer, module: str, parts: Mapping[str, TensorInfo]) -> None:
     key = placer.weight_key(module)
     if key is None or not placer.target_is_float(module, key):
         return
+    if hasattr(file, "NEEDS_CODES") and not _in_codes(placer, key):
+        placer.problem(module, file.NEEDS_CODES)
+        return
     settings = _settings(placer, module, file, draw)
     shapes = {k: t.shape for k, t in parts.items()}
     shape = placer.shape(key)
@@ -54,6 +57,12 @@ def place(placer: Placer, module: str, parts: Mapping[str, TensorInfo]) -> None:
         placer.found.scalings.add(settings["scaling"])
     if hasattr(file, "touches_bias") and file.touches_bias(shapes, settings):
         _bias(placer, module, key, step, file)
+
+
+def _in_codes(placer: Placer, key: str) -> bool:
+    """Whether the base stores this weight in codes, of which it is decoded."""
+    made = placer.base.tensors[key][1].made if key in placer.base.tensors else None
+    return made is not None and made.formula == "codec"
 
 
 def _settings(placer: Placer, module: str, file: ModuleType, draw: bool) -> dict[str, Any]:

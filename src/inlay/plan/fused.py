@@ -29,6 +29,11 @@ def place(placer: Placer, module: str, parts: Mapping[str, TensorInfo], slices: 
     outputs = b.shape[0]
     if not placer.rank_agrees(module, a.shape[0]) or not placer.magnitude_fits(module, magnitude, outputs):
         return
+    covered = sorted(part.rows for part in slices)
+    if [end for _, end in covered] != [first for first, _ in covered[1:]] + [outputs] or covered[0][0] != 0:
+        what = f"has {outputs} outputs, and its tensors hold rows {', '.join(map(str, covered))} of it"
+        placer.problem(module, what)
+        return
     scaling = placer.config.scaling(module)
     placer.found.scalings.add(scaling)
     placer.found.ranks.add(a.shape[0])

@@ -18,17 +18,12 @@ def lay_out(
     """Output shards. `by_shard` holds the entries of each base shard, new ones at its end."""
     if max_shard_bytes is not None:
         return _split([entry for _, entries in by_shard for entry in entries], max_shard_bytes)
-    shards = {shard.file: shard for shard in base.shards}
+    shards = {shard.file: shard for shard in base.on_disk.shards}  # with codes and all that belongs to them
     plans = []
     for file, entries in by_shard:
         header = shards[file].header
-        decoded = any(t.made is not None for t in shards[file].tensors)
-        same = (
-            header is not None
-            and not decoded
-            and [(e.key, e.dtype, e.shape) for e in entries]
-            == [(t.key, t.dtype, t.shape) for t in shards[file].tensors]
-        )
+        stored = [(t.key, t.dtype, t.shape) for t in shards[file].tensors]
+        same = header is not None and [(e.key, e.dtype, e.shape) for e in entries] == stored
         metadata = dict(header.metadata) if header is not None else TORCH_METADATA
         plans.append(ShardPlan(as_safetensors(file), tuple(entries), metadata, file if same else None))
     return tuple(plans)

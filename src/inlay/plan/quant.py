@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from inlay.codecs.table import codec
 from inlay.dtypes import DTYPES, F32
 from inlay.errors import Problem
 from inlay.keys import families
+from inlay.plan import compensating, zero_points
 from inlay.plan.types import Coded, Entry
 
 BASE_AS = ("dequantised", "simulated", "original")
@@ -57,7 +58,8 @@ OTHER_MODALITIES = ("visual", "vision", "audio", "vision_tower", "vision_model",
 class Quant:
     """What is asked of codes; see the command line for the words.
 
-    `keep_16bit` is a pattern of module names; `config` are further options of the method.
+    `keep_16bit` is a pattern of module names; `config` are further options of the method; `compensate` is "adapter"
+    where codes are to hold each row's whole delta (`inlay.codecs.compensation`).
     """
 
     base_as: str | None = None
@@ -69,6 +71,7 @@ class Quant:
     bits: int | None = None
     group_size: int | None = None
     config: Mapping[str, Any] | None = None
+    compensate: str | None = None
 
     def given(self) -> dict[str, Any]:
         """Those that are given, by name."""
@@ -88,6 +91,8 @@ def request_problems(quant: Quant, dtype: str | None, quantised: bool, merges: b
         problem("scales", f"{quant.scales!r} is not reuse or fresh")
     if quant.scales is not None and not quant.keep:
         problem("scales", "is for --keep_quant true; leave it out")
+    if found := compensating.request_problem(quant.compensate, quant.keep, quant.scales):
+        problems.append(found)
     if quantised and quant.base_as in ("simulated", "original"):
         what = f"{quant.base_as} wants the 16-bit original as --model; this base is stored in codes"
         problem("base_as", what)
@@ -154,6 +159,8 @@ def linear_weights(base: Checkpoint, keep_16bit: str | None = None) -> tuple[lis
     taken: list[str] = []
     left: list[str] = []
     for key, (_, t) in base.tensors.items():
+        if len(t.shape) == 3 and "experts" in key.split(".") and t.dtype.mergeable:
+            left.append(key.removesuffix(".weight"))  # a stack, for which quantisers have no layer
         if not key.endswith(".weight") or len(t.shape) != 2 or not t.dtype.mergeable:
             continue
         module = key.removesuffix(".weight")
@@ -205,7 +212,8 @@ def simulate(base: Checkpoint, name: str, problems: list[Problem]) -> Checkpoint
             problems.append(Problem(t.key, str(error)))
             return t
         ref = TensorRef.of(BASE, shard.file, t)
-        made = Made.of("simulated", {"weight": ref}, {**settings, "codec": form_name}, math.prod(t.shape[1:]))
+        cast = {"cast": "F16"} if form_name == "bnb8" else {}  # a layer of bitsandbytes casts before it quantises
+        made = Made.of("simulated", {"weight": ref}, {**settings, **cast, "codec": form_name}, math.prod(t.shape[1:]))
         return TensorInfo(t.key, F32, t.shape, 0, F32.nbytes(math.prod(t.shape)), made)
 
     shards = tuple(replace(s, tensors=tuple(simulated(s, t) for t in s.tensors)) for s in base.shards)
@@ -216,7 +224,7 @@ def simulate(base: Checkpoint, name: str, problems: list[Problem]) -> Checkpoint
 
 
 def keep_codes(
-    decoded: Decoded, by_shard: Sequence[tuple[str, Sequence[Entry]]], quant: Quant
+    decoded: Decoded, by_shard: Sequence[tuple[str, Sequence[Entry]]], quant: Quant, problems: list[Problem]
 ) -> list[tuple[str, list[Entry | Coded]]]:
     """The entries of the result in the base's own form: what is touched encoded again, all else as it is stored.
 
@@ -224,6 +232,8 @@ def keep_codes(
     """
     base = decoded.checkpoint.on_disk
     entries = {e.key: e for _, found in by_shard for e in found}
+    if (quant.scales or "reuse") == "reuse":
+        problems += zero_points.problems_of(entries, decoded.encodings, quant.keep_16bit)
     owner = {ref.key: (key, part) for key, e in decoded.encodings.items() for part, ref in e.parts.items()}
     new = {file: [e for e in found if e.key not in decoded.checkpoint.tensors] for file, found in by_shard}
     result = []
@@ -247,15 +257,17 @@ def _again(t: TensorInfo, part: str, entry: Entry, encoding: Encoding, quant: Qu
     if quant.keep_16bit and re.search(quant.keep_16bit, encoding.stem.removesuffix(".weight")):
         return [entry] if part == codes else []
     reuse = (quant.scales or "reuse") == "reuse"
-    kept = {name: ref for name, ref in encoding.parts.items() if name != codes} if reuse else {}
+    changed = zero_points.offset_part(encoding) if reuse and zero_points.has_qalora(entry) else codes
+    kept = {name: ref for name, ref in encoding.parts.items() if name != changed} if reuse else {}
     if part in kept:
         return [Entry(t.key, t.dtype, t.shape, encoding.parts[part])]
     if not reuse and encoding.settings.get("order") == "given":  # GPTQ's desc_act
         kept = {name: ref for name, ref in encoding.parts.items() if name == "g_idx"}
         if part in kept:
             return [Entry(t.key, t.dtype, t.shape, encoding.parts[part])]
-    weight = replace(entry, dtype=F32)
-    return [Coded(t.key, t.dtype, t.shape, part, weight, encoding.codec, encoding.settings, kept)]
+    weight = replace(entry, dtype=F32, leading=len(entry.shape) - 1 if len(entry.shape) == 3 else entry.leading)
+    compensate = quant.compensate if changed == codes and compensating.applies(weight) else None
+    return [Coded(t.key, t.dtype, t.shape, part, weight, encoding.codec, encoding.settings, kept, compensate)]
 
 
 @dataclass(frozen=True)
@@ -306,19 +318,3 @@ def quantise(
             ]
         result.append((file, stored))
     return InCodes(result, form.config(some, left) if some else {}, len(taken))
-
-
-def excluded_config(config: Mapping[str, Any], modules: Iterable[str]) -> Mapping[str, Any]:
-    """`quantization_config` of a checkpoint in which these modules are no longer in codes."""
-    names = list(modules)
-    made = dict(config)
-    method = config.get("quant_method")
-    if method in ("compressed-tensors", "modelopt"):
-        made["ignore"] = [*(config.get("ignore") or []), *names]
-    elif method == "bitsandbytes":
-        made["llm_int8_skip_modules"] = [*(config.get("llm_int8_skip_modules") or ["lm_head"]), *names]
-    elif method == "gptq":
-        made["dynamic"] = {**(config.get("dynamic") or {}), **{f"-:^{re.escape(n)}$": {} for n in names}}
-    else:
-        made["modules_to_not_convert"] = [*(config.get("modules_to_not_convert") or []), *names]
-    return made

@@ -31,6 +31,8 @@ OF_CODES = (
     "quantize_config.json", "quant_config.json", "hf_quant_config.json", "quant_log.csv", "recipe.yaml",
     "inlay_quant.json",
 )  # fmt: skip
+# The state of a run of transformers, beside a checkpoint that it trained.
+OF_TRAINING = frozenset({"optimizer.pt", "scheduler.pt", "scaler.pt", "training_args.bin", "trainer_state.json"})
 SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__"})
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
@@ -90,6 +92,8 @@ def _reason_to_leave_out(file: str, components: Collection[str]) -> str | None:
     top = "/" not in file
     if name == MANIFEST and top:
         return "the manifest of the base; its recipe is kept in the new one"
+    if top and name in OF_TRAINING:
+        return "is the state of a training, of which the result has none"
     if name.endswith(OTHER_WEIGHTS):
         return "holds weights in another format, which would not be merged"
     unindexed = name.endswith(".safetensors") or (name.startswith("pytorch_model") and ".bin" in name)

@@ -98,7 +98,8 @@ class Coded:
     """One tensor of the output: a part of a weight that is stored in codes.
 
     The weight is merged as float32 and then encoded, its `kept` parts (scales, zero points) as they are stored. All
-    parts of one weight have the same `weight`, `codec`, `settings` and `kept`.
+    parts of one weight have the same `weight`, `codec`, `settings`, `kept` and `compensate`: with "adapter" codes are
+    those that hold each row's whole delta (`inlay.codecs.compensation`), else the nearest ones.
     """
 
     key: str
@@ -109,6 +110,7 @@ class Coded:
     codec: str
     settings: Mapping[str, Any]
     kept: Mapping[str, TensorRef] = field(default_factory=dict)
+    compensate: str | None = None
 
     @property
     def copied(self) -> bool:

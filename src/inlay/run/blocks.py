@@ -37,6 +37,10 @@ class Blocks:
         self.entry = entry
         self.rows, self.cols = (entry.count, 1) if entry.elementwise and not by_rows else entry.matrix
         self._reader, self._tiling, self._device, self._by_rows = reader, tiling, device, by_rows
+        self._step = tiling.rows
+        made = entry.source.made
+        if made is not None and self.cols == 1 and self._step > made.cols:
+            self._step -= self._step % made.cols  # whole rows are made where they are wanted
         self._pieces = pieces(entry)
         self._merger = self._make_merger(self._pieces[0]) if len(self._pieces) == 1 else None
 
@@ -54,8 +58,8 @@ class Blocks:
             if end <= first or last <= begin:
                 continue
             merger = self._merger or self._make_merger(piece)
-            for at in range(max(first, begin), min(last, end), self._tiling.rows):
-                stop = min(last, end, at + self._tiling.rows)
+            for at in range(max(first, begin), min(last, end), self._step):
+                stop = min(last, end, at + self._step)
                 raw = merger.read(at - begin, stop - begin, raw_buffer.view(np.dtype(entry.source.dtype.raw)))
                 out = out_buffer.view(np.dtype(entry.dtype.raw))[: raw.size].reshape(raw.shape)
                 yield Block(at, raw, out, merger.block(at - begin, raw, out))

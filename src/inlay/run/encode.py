@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+
 from inlay.checkpoints.refs import TensorInfo
 from inlay.checkpoints.spans import SpanReader, byte_view
-from inlay.codecs.encoding import F32Array, encode_whole, stored_item
+from inlay.codecs.compensation import compensated
+from inlay.codecs.encoding import F32Array, encode_whole, row_blocks, stored_item
 from inlay.codecs.table import codec
 from inlay.dtypes import Array
 from inlay.errors import InputError
@@ -28,6 +31,7 @@ class Encoding:
         self.digests: dict[str, str] = {}
         self._places, self._reader = places, reader
         self._blocks = Blocks(self.first.weight, reader, tiling, by_rows=True)
+        self._encoded = tiling.encoded
         self._form = codec(self.first.codec)
 
     def run(self, target: Target, progress: Progress) -> None:
@@ -50,8 +54,19 @@ class Encoding:
             raise InputError(f"{self.first.weight.key}: {error}. Nothing was written") from error
 
     def _values(self) -> Iterator[tuple[int, F32Array]]:
-        for block in self._blocks.of(0, self._blocks.rows):
-            yield block.first, block.out
+        """The merged weight, as many rows as are encoded together."""
+        for first, last in row_blocks(self._blocks.rows, self._encoded):
+            values = np.empty((last - first, self._blocks.cols), np.float32)
+            base = np.empty_like(values) if self.first.compensate else None
+            for block in self._blocks.of(first, last):
+                values[block.first - first :][: len(block.out)] = block.out
+                if base is not None:
+                    base[block.first - first :][: len(block.out)] = block.raw.view(np.float32)
+            yield first, values if base is None else self._compensated(first, values, base)
+
+    def _compensated(self, first: int, merged: F32Array, base: F32Array) -> F32Array:
+        known, settings = self._known(first, first + len(merged)), self.first.settings
+        return compensated(self._form, self.first.codec, settings, first, merged, base, known)
 
     def _known(self, first: int, last: int) -> dict[str, Array]:
         kept = self.first.kept

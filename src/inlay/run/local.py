@@ -18,12 +18,12 @@ from inlay.checkpoints.spans import BASE, SpanReader
 from inlay.errors import InputError
 from inlay.output.copying import clone
 from inlay.output.staging import Staging
-from inlay.plan.cost import by_kernel, threads
-from inlay.plan.memory import factor_cache, fit, fit_coded
-from inlay.plan.types import Coded, Entry, Plan, ShardPlan
-from inlay.records.fingerprint import tensor_digest
+from inlay.plan.memory import by_kernel, factor_cache, fit, fit_coded, threads
+from inlay.plan.types import Coded, Entry, Expectation, Plan, ShardPlan
+from inlay.records.fingerprint import check_digest, tensor_digest
 from inlay.run.encode import Encoding
 from inlay.run.merge import Device
+from inlay.run.recorded import check_stored, passing
 from inlay.run.shard import Bands, Layout, Progress, Target, copies, lay_out_file, run_copy
 
 QUEUED_PER_THREAD = 2
@@ -46,15 +46,14 @@ class LocalExecutor:
         self.max_memory = max_memory - self.cache_bytes
         self.workers = workers or threads() + 1  # one more than processors, since one of them is writing
         self.device = device
-        self._expected: Mapping[str, tuple[str, str]] = {
-            e.key: (e.digest, plan.adapters[e.adapter].name) for e in plan.expectations
-        }
+        self._expected: Mapping[str, Expectation] = {e.key: e for e in passing(plan)}
 
     def run(self, staging: Staging, progress: Progress) -> dict[str, ShardResult]:
         """Write every shard that has no valid record yet; results by file name.
 
         Raises InputError when a result is not finite or the base is not the recorded one.
         """
+        check_stored(self.plan)
         results = {}
         with (
             SpanReader(self.plan.roots, self.cache_bytes) as reader,
@@ -174,12 +173,8 @@ class LocalExecutor:
                 self._check_source(entry.key, taken.get(entry.key) or tensor_digest(reader, entry.source))
 
     def _check_source(self, key: str, found: str) -> None:
-        wanted, adapter = self._expected[key]
-        if found != wanted:
-            raise InputError(
-                f"{adapter} was trained on another base: {key} has other values (recorded {wanted}, here {found}). "
-                "Give the base it was trained on with --model. Nothing was written"
-            )
+        expected = self._expected[key]
+        check_digest(key, found, expected.digest, self.plan.adapters[expected.adapter].name)
 
 
 class _Queue:

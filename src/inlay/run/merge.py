@@ -17,7 +17,7 @@ import numpy.typing as npt
 from inlay.checkpoints.refs import TensorRef
 from inlay.checkpoints.spans import SpanReader
 from inlay.dtypes import F64, Array, DType, F64Array, decode, decode32, is_finite, round_nearest
-from inlay.plan.cost import by_kernel
+from inlay.plan.memory import by_kernel
 from inlay.plan.steps import AnyStep, Delta, Dense, Part, Step
 from inlay.plan.types import Entry
 from inlay.tuners import dense, device, dora, expansion, kernel, lora

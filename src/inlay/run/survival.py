@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from inlay.checkpoints.spans import SpanReader
+from inlay.codecs.compensation import compensated
 from inlay.codecs.encoding import F32Array, encode_whole, row_blocks, settled
 from inlay.codecs.table import codec
 from inlay.dtypes import F32, Array, F64Array, decode, round_nearest
@@ -139,8 +140,9 @@ def require_survival(survived: Survived | None) -> None:
     raise InputError(
         f"only {o.kept:.0%} of what the adapters add would be in the codes (error {o.error:.2f} of its size): "
         "the steps of the codes are coarser than the delta. Give --accept_loss true to do it all the same, or store "
-        "the result in 16 bits (without --keep_quant), choose new scales (--scales fresh), leave the worst modules in "
-        "16 bits (--keep_16bit auto), or quantise the merged weights with calibration (--quant_method gptq or awq)"
+        "the result in 16 bits (without --keep_quant), choose codes that hold the delta (--compensate adapter) or new "
+        "scales (--scales fresh), leave the worst modules in 16 bits (--keep_16bit auto), or quantise the merged "
+        "weights with calibration (--quant_method gptq or awq)"
     )
 
 
@@ -207,17 +209,23 @@ def _add_coded(sums: _Sums, reader: SpanReader, exact: Blocks, coded: Coded, ran
         pairs = list(_values(exact, entry, first, last))
         return np.concatenate([b for b, _ in pairs]), np.concatenate([m for _, m in pairs])
 
+    def chosen(first: int, last: int, which: int) -> F32Array:
+        base, merged = (w.astype(np.float32) for w in joined(first, last))
+        if coded.compensate and which:
+            return compensated(form, coded.codec, settings, first, merged, base, known(first, last))
+        return merged if which else base
+
     def blocks(which: int) -> Iterator[tuple[int, F32Array]]:
         for first, last in ranges:
-            yield first, joined(first, last)[which].astype(np.float32)
+            yield first, chosen(first, last, which)
 
     if _local(coded):
         for first, last in ranges:
             base, merged = joined(first, last)
             kept = known(first, last)
             decoded = [
-                form.decode({**kept, **form.encode(w.astype(np.float32), settings, first, kept)}, settings, first, last)
-                for w in (merged, base)
+                form.decode({**kept, **form.encode(w, settings, first, kept)}, settings, first, last)
+                for w in (chosen(first, last, 1), chosen(first, last, 0))
             ]
             sums.add(base, merged, decoded[0].astype(np.float64), decoded[1].astype(np.float64))
         return

@@ -11,8 +11,7 @@ import numpy as np
 from inlay.checkpoints.spans import SpanReader
 from inlay.dtypes import Array
 from inlay.errors import InputError
-from inlay.plan.cost import by_kernel
-from inlay.plan.memory import DEFAULT_MAX_MEMORY, fit, fit_coded
+from inlay.plan.memory import DEFAULT_MAX_MEMORY, by_kernel, fit, fit_coded
 from inlay.plan.types import Coded, Entry, Plan
 from inlay.run.blocks import Blocks
 from inlay.run.encode import Encoding

@@ -9,6 +9,8 @@
  *      value is the rounding of the exact one, whatever order the sums were taken in.
  *   2. float64 with the same bound and u = 2^-53, for the few that tier 1 leaves open.
  *
+ * A float32 result has no use for tier 1: all its elements go through tier 2.
+ *
  * What is still open is listed for the caller, who decides it with exact arithmetic. So neither
  * the vector width nor the compiler nor the tile size can change a byte of the result.
  *
@@ -42,6 +44,8 @@ enum { BF16 = 0, F16 = 1, F32 = 2 };
 
 typedef union { uint32_t u; float f; } word;
 typedef float vector __attribute__((vector_size(LANES * sizeof(float))));
+typedef int64_t wide_bits __attribute__((vector_size(LANES * sizeof(int64_t))));
+typedef double wide __attribute__((vector_size(LANES * sizeof(double))));
 
 INLINE float from_bf16(uint16_t h) { word v = {.u = (uint32_t)h << 16}; return v.f; }
 
@@ -115,6 +119,7 @@ typedef struct {
   const float *l, *packed, *column_norm;
   const double *scale; /* one per rank component: each adapter's own */
   float *scaled;       /* (rows rounded up to ROWS, rank): c_k l_ik in float32 */
+  double *scaled_wide; /* the same in float64, for a float32 result */
   float *row_bound;    /* (rows,); NEUTRAL for a row without factor, WILD for one that float32 cannot hold */
   double *row_norm;    /* (rows,): |c l_i|, rounded up */
   double largest_norm; /* of a column of r */
@@ -263,7 +268,7 @@ INLINE void merge_kinds(tile *t, int w_kind, int out_kind) {
       const Py_ssize_t n = t->rows - i0 < ROWS ? t->rows - i0 : ROWS;
       for (Py_ssize_t j0 = first; j0 < last; j0 += PANEL) {
         const Py_ssize_t width = last - j0 < PANEL ? last - j0 : PANEL;
-        multiply(t->scaled + i0 * rank, t->packed + j0 * rank, rank, sum);
+        if (rank) multiply(t->scaled + i0 * rank, t->packed + j0 * rank, rank, sum);
         for (Py_ssize_t i = 0; i < n; i++) merge_row(t, i0 + i, j0, width, sum[i], w_kind, out_kind);
       }
     }
@@ -282,6 +287,7 @@ static void scale_rows(tile *t) {
     for (Py_ssize_t k = 0; k < rank; k++) {
       double c = t->scale[k] * (double)t->l[i * rank + k];
       t->scaled[i * rank + k] = (float)c;
+      if (t->scaled_wide) t->scaled_wide[i * rank + k] = c;
       squares += c * c;
       if (t->scale[k] != 0 && t->l[i * rank + k] != 0) {
         live = 1;
@@ -291,6 +297,88 @@ static void scale_rows(tile *t) {
     t->row_norm[i] = 1.0001 * sqrt(squares) + 0x1p-1000;
     wild |= t->row_norm[i] * t->largest_norm > 0x1p120;
     t->row_bound[i] = !live ? NEUTRAL : wild ? WILD : (float)(1.01 * additions * 0x1p-24 * t->row_norm[i]);
+  }
+}
+
+/* ---- a float32 result: tier 2 at once, for all elements */
+
+#define WIDE_ROWS 4
+
+/* scaled_wide (WIDE_ROWS, rank) times LANES columns of a strip. */
+INLINE void multiply_wide(const double *a, const float *strip, Py_ssize_t rank, double sum[WIDE_ROWS][LANES]) {
+  const double *b = a + rank, *c = b + rank, *d = c + rank;
+  wide s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+  for (Py_ssize_t k = 0; k < rank; k++, strip += STRIP) {
+    vector narrow;
+    memcpy(&narrow, strip, sizeof narrow);
+    const wide x = __builtin_convertvector(narrow, wide);
+    s0 += a[k] * x, s1 += b[k] * x, s2 += c[k] * x, s3 += d[k] * x;
+  }
+  memcpy(sum[0], &s0, sizeof s0), memcpy(sum[1], &s1, sizeof s1);
+  memcpy(sum[2], &s2, sizeof s2), memcpy(sum[3], &s3, sizeof s3);
+}
+
+/* The ends of the interval that holds the exact result, rounded, and its middle. */
+INLINE void wide_ends(const float *w, const double *sum, const float *norm, double bound, double *v, uint32_t *low,
+                      uint32_t *high) {
+  vector narrow, length;
+  wide middle, size;
+  memcpy(&narrow, w, sizeof narrow), memcpy(&length, norm, sizeof length), memcpy(&middle, sum, sizeof middle);
+  middle += __builtin_convertvector(narrow, wide);
+  size = (wide)((wide_bits)middle & 0x7fffffffffffffff);
+  const wide e = bound * __builtin_convertvector(length, wide) + 0x1p-51 * size + 0x1p-1060;
+  const vector below = __builtin_convertvector(middle - e, vector), above = __builtin_convertvector(middle + e, vector);
+  memcpy(v, &middle, sizeof middle), memcpy(low, &below, sizeof below), memcpy(high, &above, sizeof above);
+}
+
+/* `width` columns of row i, from j0 on, of which LANES sums are given. */
+INLINE void merge_wide_row(tile *t, Py_ssize_t i, Py_ssize_t j0, Py_ssize_t width, const double *sum, int w_kind) {
+  const Py_ssize_t at = i * t->cols + j0;
+  uint32_t raw[LANES] = {0}, low[LANES], high[LANES], open = 0, bad = 0;
+  float w[LANES];
+  double v[LANES];
+  memcpy(raw, (const char *)t->w + at * (w_kind == F32 ? 4 : 2), width * (w_kind == F32 ? 4 : 2));
+  for (int j = 0; j < LANES; j++) w[j] = load(raw, w_kind, j);
+  if (t->row_bound[i] == NEUTRAL) { /* a zero factor keeps the weights, the sign of zero too */
+    memcpy(low, w, sizeof low);
+  } else {
+    wide_ends(w, sum, t->column_norm + j0, 1.01 * (t->rank + 5) * 0x1p-53 * t->row_norm[i], v, low, high);
+    for (int j = 0; j < LANES; j++) open |= low[j] ^ high[j];
+  }
+  for (int j = 0; j < LANES; j++) bad |= (low[j] & 0x7f800000u) == 0x7f800000u;
+  if ((open || bad) && t->row_bound[i] != NEUTRAL)
+    for (Py_ssize_t j = 0; j < width; j++) {
+      if (!isfinite(w[j])) low[j] = 0x7fffffffu;
+      else if (low[j] != high[j] || !isfinite(v[j])) {
+        if (t->open_count < t->open_capacity) t->open_list[t->open_count] = at + j;
+        t->open_count++;
+      }
+    }
+  memcpy((float *)t->out + at, low, width * sizeof *low);
+  t->nonfinite |= bad;
+}
+
+INLINE void merge_wide_kind(tile *t, int w_kind) {
+  const Py_ssize_t rank = t->rank, span = (rank <= 16 ? 4 : rank <= 32 ? 2 : 1) * PANEL;
+  double sum[WIDE_ROWS][LANES];
+  for (Py_ssize_t first = 0; first < t->cols; first += span) {
+    const Py_ssize_t last = first + span < t->cols ? first + span : t->cols;
+    for (Py_ssize_t i0 = 0; i0 < t->rows; i0 += WIDE_ROWS) {
+      const Py_ssize_t n = t->rows - i0 < WIDE_ROWS ? t->rows - i0 : WIDE_ROWS;
+      for (Py_ssize_t j0 = first; j0 < last; j0 += LANES) {
+        const Py_ssize_t width = last - j0 < LANES ? last - j0 : LANES;
+        if (rank) multiply_wide(t->scaled_wide + i0 * rank, t->packed + j0 / STRIP * STRIP * rank + j0 % STRIP, rank, sum);
+        for (Py_ssize_t i = 0; i < n; i++) merge_wide_row(t, i0 + i, j0, width, sum[i], w_kind);
+      }
+    }
+  }
+}
+
+CLONES static void merge_wide(tile *t) {
+  switch (t->w_kind) {
+    case BF16: merge_wide_kind(t, BF16); break;
+    case F16: merge_wide_kind(t, F16); break;
+    case F32: merge_wide_kind(t, F32); break;
   }
 }
 
@@ -343,24 +431,26 @@ static PyObject *py_merge(PyObject *self, PyObject *args) {
   if (!PyArg_ParseTuple(args, "KiKinnnKKKKKn", &w, &t.w_kind, &out, &t.out_kind, &t.rows, &t.cols, &t.rank, &l,
                         &scale, &packed, &norm, &open_list, &t.open_capacity))
     return NULL;
-  if (t.w_kind < 0 || t.w_kind > 2 || t.out_kind < 0 || t.out_kind > 1) {
-    PyErr_SetString(PyExc_ValueError, "kinds: 0 bfloat16, 1 float16, 2 float32 (input only)");
+  if (t.w_kind < 0 || t.w_kind > 2 || t.out_kind < 0 || t.out_kind > 2) {
+    PyErr_SetString(PyExc_ValueError, "kinds: 0 bfloat16, 1 float16, 2 float32");
     return NULL;
   }
   t.w = POINTER(w), t.out = POINTER(out), t.l = POINTER(l), t.scale = POINTER(scale);
   t.packed = POINTER(packed), t.column_norm = POINTER(norm), t.open_list = POINTER(open_list);
-  const size_t padded = (size_t)(t.rows + ROWS - 1) / ROWS * ROWS;
+  const size_t padded = (size_t)t.rows / ROWS * ROWS + 2 * ROWS; /* a multiple of ROWS and of WIDE_ROWS fits */
   t.scaled = calloc(padded * (t.rank ? t.rank : 1), sizeof *t.scaled);
   t.row_bound = malloc(padded * sizeof *t.row_bound);
   t.row_norm = malloc(padded * sizeof *t.row_norm);
-  const int allocated = t.scaled && t.row_bound && t.row_norm;
+  if (t.out_kind == F32) t.scaled_wide = calloc(padded * (t.rank ? t.rank : 1), sizeof *t.scaled_wide);
+  const int allocated = t.scaled && t.row_bound && t.row_norm && (t.scaled_wide || t.out_kind != F32);
   if (allocated) {
     Py_BEGIN_ALLOW_THREADS
     scale_rows(&t);
-    merge_tile(&t);
+    if (t.out_kind == F32) merge_wide(&t);
+    else merge_tile(&t);
     Py_END_ALLOW_THREADS
   }
-  free(t.scaled), free(t.row_bound), free(t.row_norm);
+  free(t.scaled), free(t.scaled_wide), free(t.row_bound), free(t.row_norm);
   if (!allocated) return PyErr_NoMemory();
   return Py_BuildValue("nn", t.open_count, t.nonfinite);
 }

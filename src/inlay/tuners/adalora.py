@@ -32,7 +32,7 @@ IGNORED = frozenset({
 REFUSED = {
     "use_dora": "PEFT has no DoRA for AdaLoRA",
     "lora_bias": "PEFT has no LoRA bias for AdaLoRA",
-    "use_qalora": "QALoRA merges into the zero points of a GPTQ base, which is not supported",
+    "use_qalora": "PEFT has no QALoRA for AdaLoRA",
     "use_bdlora": "PEFT has no block-diagonal AdaLoRA",
     "kasa_config": "PEFT has no KaSA for AdaLoRA",
     "arrow_config": "Arrow routes between adapters per token, so no merged weight equals it",

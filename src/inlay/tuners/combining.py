@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from inlay.digests import digest_json
 from inlay.dtypes import F64Array
+from inlay.tuners.decomposition import svd
 
 MAJORITY_SIGNS = ("total", "frequency")
 KEEP_BLOCK = 1 << 20  # random numbers drawn at a time
@@ -202,7 +203,7 @@ def _sum(tensors: Iterator[F64Array]) -> F64Array:
 
 def _nearest(delta: F64Array, rank: int) -> tuple[F64Array, F64Array]:
     """The pair of this rank whose product is nearest to `delta`; the singular values are in B."""
-    u, s, v = np.linalg.svd(delta, full_matrices=False)
+    u, s, v = svd(delta)
     return v[:rank], u[:, :rank] * s[:rank]
 
 

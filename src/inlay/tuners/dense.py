@@ -26,7 +26,7 @@ FILES = {
     "UNILORA": "unilora", "VBLORA": "vblora", "VERA": "vera", "WAVEFT": "waveft",
 }  # fmt: skip
 # Variants of LoRA that are no plain pair, by the name of their file.
-VARIANTS = frozenset({"bdlora", "kasa", "olora", "pissa"})
+VARIANTS = frozenset({"bdlora", "kasa", "olora", "pissa", "qalora"})
 
 
 def tuner(name: str) -> ModuleType:

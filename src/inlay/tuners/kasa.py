@@ -12,6 +12,7 @@ import numpy as np
 
 from inlay.dtypes import F64Array
 from inlay.tuners import variants
+from inlay.tuners.decomposition import svd
 
 REQUIRED = (*variants.NAMES, "lora_diag")
 OPTIONAL = ()
@@ -45,7 +46,7 @@ def merge(
     shape: tuple[int, ...], first: int,
 ) -> F64Array:  # fmt: skip
     """The whole matrix."""
-    left, size, right = np.linalg.svd(base, full_matrices=False)
+    left, size, right = svd(base)
     kept = len(size) - settings["rank"]
     smallest = (left[:, kept:] * size[kept:]) @ right[kept:]
     return np.asarray(weight - smallest + variants.product(parts, settings))

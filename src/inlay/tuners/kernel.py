@@ -1,4 +1,4 @@
-"""The compiled kernel for sums of low-rank products with a 16-bit result; see `_kernel.c`.
+"""The compiled kernel for sums of low-rank products; see `_kernel.c`.
 
 It is built with the package where a C compiler is there, and not needed: the float64 path gives the
 same bytes at about a quarter of the speed. `INLAY_KERNEL=0` turns it off.
@@ -32,8 +32,8 @@ def available() -> bool:
 
 
 def fits(source: DType, out: DType, parts: Sequence[DType]) -> bool:
-    """Whether it can do this merge: a 16-bit result, and factors that float32 holds exactly."""
-    return available() and out.name in (BF16.name, F16.name) and source.name in KINDS and F64 not in parts
+    """Whether it can do this merge: types that it knows, and factors that float32 holds exactly."""
+    return available() and out.name in KINDS and source.name in KINDS and F64 not in parts
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def merge(weight: Array, source: DType, left: F32Array, right: Packed, out: Arra
     rows, cols = weight.shape
     assert out.shape == weight.shape == (rows, right.cols) and left.shape == (rows, right.rank)
     assert weight.flags.c_contiguous and out.flags.c_contiguous and left.flags.c_contiguous
-    assert left.dtype == np.float32 and out.itemsize == 2 and right.scale.shape == (right.rank,)
+    assert left.dtype == np.float32 and out.itemsize * 8 == dtype.bits and right.scale.shape == (right.rank,)
     capacity = OPEN_CAPACITY
     while True:
         indices = np.empty(capacity, np.int64)

@@ -36,7 +36,7 @@ import numpy as np
 from inlay.dtypes import F64Array
 from inlay.tuners.combining import BoolArray, mask_key
 
-BLOCK_ELEMENTS = 1 << 20  # of a pass over whole deltas
+BLOCK_ELEMENTS = 1 << 17  # worked on at a time: a megabyte for each of about a dozen arrays
 PARALLEL = 0.9995
 LEAST_SUM = 1e-7  # sums of magnitudes that are not rescaled, as in mergekit
 LEAST_NORM = 1e-6
@@ -105,6 +105,12 @@ class Mixer:
 
     def rows(self, first: int, last: int) -> F64Array:
         """Rows [first, last), float64."""
+        out = np.empty((last - first, self.width))
+        for at, end in self._blocks(first, last):
+            out[at - first : end - first] = self._few_rows(at, end)
+        return out
+
+    def _few_rows(self, first: int, last: int) -> F64Array:
         deltas = [self._delta(i, first, last) for i in range(len(self.terms))]
         if self.mix.name in ("slerp", "model_stock"):
             factors = self._factors if len(deltas) > 1 else [1.0]
@@ -119,10 +125,11 @@ class Mixer:
         weighted = [w * d for w, d in zip(self.mix.weights, deltas, strict=True)]
         if not self.method.elects_sign:
             return _sum(iter(weighted))
-        votes = weighted if self.mix.majority_sign == "total" else [np.sign(d) for d in weighted]
-        sign = np.where(_sum(iter(votes)) >= 0, 1.0, -1.0)
+        votes = _sum(iter(weighted if self.mix.majority_sign == "total" else [np.sign(d) for d in weighted]))
+        sign = np.where(votes >= 0, 1.0, -1.0)
         agrees = [np.sign(d) == sign for d in weighted]
         total = _sum(np.where(a, d, 0.0) for a, d in zip(agrees, weighted, strict=True))
+        total[np.isnan(votes)] = np.nan  # of Inf and NaN, which would agree with no sign and so be lost
         if self.method.normalises:
             divisor = _sum(w * a.astype(np.float64) for w, a in zip(self.mix.weights, agrees, strict=True))
             total /= np.where(divisor == 0, 1.0, divisor)
@@ -134,10 +141,15 @@ class Mixer:
             pair.add_to(out, first)
         return out
 
-    def _blocks(self, i: int) -> Iterator[tuple[int, F64Array]]:
+    def _blocks(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """These rows, a few at a time."""
         step = max(1, BLOCK_ELEMENTS // max(1, self.width))
-        for first in range(0, self.height, step):
-            yield first, self._delta(i, first, min(self.height, first + step))
+        for at in range(first, last, step):
+            yield at, min(last, at + step)
+
+    def _all_rows(self, i: int) -> Iterator[tuple[int, F64Array]]:
+        for first, last in self._blocks(0, self.height):
+            yield first, self._delta(i, first, last)
 
     def _keep(self, i: int, delta: F64Array, first: int) -> BoolArray:
         if self.method.prunes == "outliers":
@@ -170,12 +182,12 @@ class Mixer:
     def _ordered(self, i: int, *places: int) -> tuple[np.float32, np.float32]:
         """The magnitudes with these numbers in ascending order: counts of the upper 16 bits, then of the lower."""
         upper = np.zeros(1 << 16, np.int64)
-        for _, delta in self._blocks(i):
+        for _, delta in self._all_rows(i):
             upper += np.bincount(_bits(delta) >> np.uint32(16), minlength=1 << 16)
         ends = np.cumsum(upper)
         heads = [int(np.searchsorted(ends, place, side="right")) for place in places]
         lower = {head: np.zeros(1 << 16, np.int64) for head in heads}
-        for _, delta in self._blocks(i):
+        for _, delta in self._all_rows(i):
             bits = _bits(delta)
             for head, counts in lower.items():
                 there = bits[bits >> np.uint32(16) == head] & np.uint32(0xFFFF)
@@ -195,7 +207,7 @@ class Mixer:
         factors = []
         for i in range(len(self.terms)):
             before, after = [], []
-            for first, delta in self._blocks(i):
+            for first, delta in self._all_rows(i):
                 size = np.abs(delta)
                 before += size.sum(axis=1).tolist()
                 after += (size * self._keep(i, delta, first)).sum(axis=1).tolist()
@@ -224,9 +236,8 @@ class Mixer:
         """Inner products of the deltas."""
         count = len(self.terms)
         sums: dict[tuple[int, int], list[float]] = {(i, j): [] for i in range(count) for j in range(i, count)}
-        step = max(1, BLOCK_ELEMENTS // max(1, self.width))
-        for first in range(0, self.height, step):
-            deltas = [self._delta(i, first, min(self.height, first + step)) for i in range(count)]
+        for first, last in self._blocks(0, self.height):
+            deltas = [self._delta(i, first, last) for i in range(count)]
             for (i, j), values in sums.items():
                 values += (deltas[i] * deltas[j]).sum(axis=1).tolist()
         return [[math.fsum(sums[min(i, j), max(i, j)]) for j in range(count)] for i in range(count)]

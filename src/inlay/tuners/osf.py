@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from inlay.dtypes import F64Array
+from inlay.tuners.decomposition import svd
 
 PEFT_TYPE = "OSF"
 REQUIRED = ("osf_svd_params.U_low", "osf_svd_params.S_low", "osf_svd_params.V_low")
@@ -55,7 +56,7 @@ def merge(
 ) -> F64Array:  # fmt: skip
     """The whole matrix; the components are those of the base before any adapter."""
     assert weight.shape == shape, f"OSF needs all of {shape}, not {weight.shape}"
-    left, size, right = np.linalg.svd(base, full_matrices=False)
+    left, size, right = svd(base)
     kept = min(shape) - len(parts[REQUIRED[1]])
     before = (left[:, kept:] * size[kept:]) @ right[kept:]
     u, s, v = (parts[name] for name in REQUIRED)

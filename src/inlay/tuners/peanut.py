@@ -82,7 +82,7 @@ def settings(raw: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str
     """Depth, activation and strength."""
     scaling = raw.get("scaling")
     return {
-        "depth": int(raw.get("depth") or 0),
+        "depth": raw.get("depth") or 0,
         "activation": str(raw.get("act_fn") or ACTIVATION),
         "scaling": 1.0 if scaling is None else float(scaling),
     }
@@ -91,6 +91,8 @@ def settings(raw: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str
 def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
     """What does not fit a weight of this shape."""
     depth, a, b = settings["depth"], shapes["peanut_A"], shapes["peanut_B"]
+    if not isinstance(depth, int) or isinstance(depth, bool):
+        return f"depth must be a whole number, found {depth!r:.80}"
     if settings["activation"] not in ACTIVATIONS:
         return f"act_fn {settings['activation']!r} is none of {', '.join(ACTIVATIONS)}"
     if len(shape) != 2 or len(a) != 2 or a[1] != shape[0] or b != a[::-1]:
@@ -116,12 +118,13 @@ def merge(
     """The whole matrix."""
     assert weight.shape == shape, f"PEANuT needs all of {shape}, not {weight.shape}"
     act, depth = ACTIVATIONS[settings["activation"]], settings["depth"]
-    hidden = act(parts["peanut_A"] @ base)
-    passed = []
-    for encoder in ENCODERS[:depth]:
-        passed.append(hidden)
-        hidden = act(parts[encoder] @ hidden)
-    for decoder in DECODERS[:depth]:
-        hidden = act(parts[decoder] @ hidden) + passed.pop()
-    change = settings["scaling"] * (parts["peanut_B"] @ hidden)
-    return np.asarray(np.where(change == 0, weight, weight + change))
+    with np.errstate(over="ignore", invalid="ignore"):  # Inf and NaN are found where the result is
+        hidden = act(parts["peanut_A"] @ base)
+        passed = []
+        for encoder in ENCODERS[:depth]:
+            passed.append(hidden)
+            hidden = act(parts[encoder] @ hidden)
+        for decoder in DECODERS[:depth]:
+            hidden = act(parts[decoder] @ hidden) + passed.pop()
+        change = settings["scaling"] * (parts["peanut_B"] @ hidden)
+        return np.asarray(np.where(change == 0, weight, weight + change))

@@ -16,6 +16,7 @@ import numpy as np
 
 from inlay.dtypes import F64Array
 from inlay.tuners import variants
+from inlay.tuners.decomposition import svd
 
 REQUIRED = variants.NAMES
 OPTIONAL = ()
@@ -32,6 +33,6 @@ def merge(
     shape: tuple[int, ...], first: int,
 ) -> F64Array:  # fmt: skip
     """The whole matrix; the components are those of the base before any adapter."""
-    left, size, right = np.linalg.svd(base, full_matrices=False)
+    left, size, right = svd(base)
     r = settings["rank"]
     return np.asarray(weight - (left[:, :r] * size[:r]) @ right[:r] + variants.product(parts, settings))

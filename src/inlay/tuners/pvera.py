@@ -45,7 +45,7 @@ def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], sh
         return MISSING
     a, b = drawn_shapes(settings) if "largest" in settings else (shapes["pvera_A"], shapes["pvera_B"])
     lambda_b, lambda_d = (shapes[name] for name in REQUIRED)
-    pair = len(shape) == len(a) == len(b) == 2 and a[0] == 2 * b[1] and a[1] >= shape[1] and b[0] >= shape[0]
+    pair = len(shape) == len(a) == len(b) == 2 and a[0] == 2 * b[1] > 0 and a[1] >= shape[1] and b[0] >= shape[0]
     if pair and lambda_b == shape[:1] and lambda_d == a[:1]:
         return None
     return f"pvera_lambda_b {lambda_b} and pvera_lambda_d {lambda_d} with A {a} and B {b} do not make {shape}"

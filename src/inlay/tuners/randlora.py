@@ -64,6 +64,8 @@ def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], sh
     if len(shape) != 2 or len(a) != 3 or len(b) != 3 or a[0] < 1:
         return f"randlora_A {a} and randlora_B {b} do not make {shape}"
     rank, small, large = a[0], min(shape), max(shape)
+    if rank != settings["rank"]:
+        return f"rank {rank} in the file, {settings['rank']} in the config"
     count = -(-small // rank)
     if a[1] != 1 or a[2] < small or b[0] < large or b[1] < count or b[2] != rank:
         return f"randlora_A {a} and randlora_B {b} are too small for {shape}"

@@ -48,7 +48,7 @@ def check(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], sh
         return f"unilora_theta_d {theta} and a weight {shape}: a vector and a matrix are needed"
     if (shapes["unilora_scales_A"], shapes["unilora_scales_B"]) != (a, b):
         return f"indices {a} and {b} with scales {shapes['unilora_scales_A']} and {shapes['unilora_scales_B']}"
-    if len(a) == len(b) == 2 and a[0] == b[1] and (b[0], a[1]) == shape:
+    if len(a) == len(b) == 2 and a[0] == b[1] > 0 and (b[0], a[1]) == shape:
         return None
     return f"indices A {a} and B {b} do not make {shape}"
 

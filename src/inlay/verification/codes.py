@@ -1,7 +1,9 @@
 """The parts of weights that are stored in codes: are they what the merged weight encodes to?
 
-The weight is recomputed by the plain formula, rounded to float32 and encoded again. A sample looks at one block of
-rows, with the stored scales where the form takes them from the whole weight.
+The weight is recomputed by the plain formula, rounded to float32 as exact arithmetic would, and encoded again: every
+bit of every part has to agree. Where the exact value cannot be told (a tuner that is no sum), the float32 on either
+side is as right as the other. A sample looks at one block of rows, with the stored scales where the form takes them
+from the whole weight.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ import numpy as np
 
 from inlay.checkpoints.refs import TensorRef
 from inlay.checkpoints.spans import SpanReader
+from inlay.codecs.compensation import compensated
 from inlay.codecs.encoding import F32Array, encode_whole, row_blocks, settled
 from inlay.codecs.table import codec
-from inlay.dtypes import Array, F64Array
+from inlay.dtypes import F32, Array, F64Array
 from inlay.plan.pieces import pieces
 from inlay.plan.types import Coded
 from inlay.verification import report
@@ -23,7 +26,9 @@ from inlay.verification.recompute import Recomputed
 from inlay.verification.report import TensorVerdict
 
 BLOCK_ELEMENTS = 1 << 20
-# Float64 sums in another order may round to the neighbouring float32, and that to another code.
+UNDECIDED = 2.0**-44  # relative; float64 of a long sum or a matrix factorisation is off by less
+MOST_EXACT = 256  # elements of a block that are decided exactly; the others are taken either way
+# Codes of another tool: its sums may round to the neighbouring float32, and that to another code.
 NEAR = 2.0**-20
 FEW = 1e-4  # the largest share of elements that may owe their code to that
 
@@ -55,43 +60,74 @@ class _Weight:
         self.codes = next(iter(self.form.layout(self.settings)))
         self.rows, self.cols = self.first.weight.matrix
         self._recomputed = [(p.first, p.last, Recomputed(reader, p.entry)) for p in pieces(self.first.weight)]
+        self._open = False  # whether a value was met that can be rounded either way
 
     def verdicts(self) -> list[TensorVerdict]:
-        whole = self.full or self.rows * self.cols <= BLOCK_ELEMENTS
+        unfinished = self.codes in getattr(self.form, "UNFINISHED", ())  # which only all blocks together make
+        whole = self.full or unfinished or self.rows * self.cols <= BLOCK_ELEMENTS
         first, last = (0, self.rows) if whole else self._sample()
-        local = not (hasattr(self.form, "measure") or hasattr(self.form, "finish"))
-        if whole:
-            wanted = encode_whole(self.form, self.settings, self._blocks, self._kept)
-            found = {part: self.reader.slice(ref, None) for part, ref in self._checked().items()}
-        else:
-            known = self._kept(first, last) if local else self._scales(first, last)
-            values = self._values(first, last).astype(np.float32)
-            wanted = self.form.encode(values, self.settings, first, known)
-            spans = self.form.spans(self.settings, first, last)
-            checked = self._checked() if local else {self.codes: self.stored[self.codes]}
-            found = {part: self.reader.slice(ref, spans.get(part)) for part, ref in checked.items()}
-        same = {part: np.array_equal(found[part], wanted[part]) for part in found}
-        near = all(same.values()) or self._as_near(first, last, wanted)
-        return [self._verdict(part, same.get(part.part, True) or near, last - first, found) for part in self.parts]
+        found = self._found(first, last, whole)
+        wanted = self._encoded(first, last, whole, up=False)
+        same = {part: _either(found[part], wanted[part], wanted[part]) for part in found if part in wanted}
+        if not all(same.values()) and self._open:
+            other = self._encoded(first, last, whole, up=True)
+            same = {part: _either(found[part], wanted[part], other[part]) for part in same}
+        rounded = not all(same.values()) and self._as_near(first, last, same, wanted)
+        return [self._verdict(part, same, rounded, last - first, found) for part in self.parts]
 
-    def _verdict(self, part: Coded, right: bool, rows: int, found: Mapping[str, Array]) -> TensorVerdict:
-        checked = rows * self.cols if part.part == self.codes else 0
-        if right:
+    def _found(self, first: int, last: int, whole: bool) -> dict[str, Array]:
+        """What is stored of these rows."""
+        if whole:
+            return {part.part: self.reader.slice(self.stored[part.part], None) for part in self.parts}
+        spans = self.form.spans(self.settings, first, last)
+        checked = [self.codes] if self._of_all() else [p.part for p in self.parts if spans.get(p.part) is not None]
+        return {part: self.reader.slice(self.stored[part], spans[part]) for part in checked}
+
+    def _encoded(self, first: int, last: int, whole: bool, up: bool) -> Mapping[str, Array]:
+        """What the merged weight encodes to; `up`: open values are rounded up."""
+
+        def blocks() -> Iterator[tuple[int, F32Array]]:
+            for begin, end in self._ranges(0, self.rows):
+                yield begin, self._chosen(begin, end, up)
+
+        if whole:
+            return encode_whole(self.form, self.settings, blocks, self._kept)
+        known = self._scales(first, last) if self._measures() else self._kept(first, last)
+        encoded: Mapping[str, Array] = self.form.encode(self._chosen(first, last, up), self.settings, first, known)
+        return encoded
+
+    def _measures(self) -> bool:
+        """Whether codes depend on the whole weight."""
+        nothing = np.zeros((0, 1), np.float32)
+        return hasattr(self.form, "measure") and self.form.measure(nothing, self.settings).size > 0
+
+    def _of_all(self) -> bool:
+        """Whether scales depend on the whole weight."""
+        return self.codes not in self.first.kept and (self._measures() or hasattr(self.form, "finish"))
+
+    def _verdict(
+        self, part: Coded, same: Mapping[str, bool], rounded: bool, rows: int, found: Mapping[str, Array]
+    ) -> TensorVerdict:
+        checked = rows * self.cols if part.part == self.codes or self.codes in self.first.kept else 0
+        if same.get(part.part, True):
             return TensorVerdict(part.key, report.ENCODED, checked)
         made = self.first.weight.source.made
         base = dict(made.parts).get(part.part) if made is not None else None
-        if base is not None and self.full and np.array_equal(self.reader.slice(base, None), found[part.part]):
+        own = None if base is None or not self.full else self.reader.slice(base, None)
+        if own is not None and _either(found[part.part], own, own):
             return TensorVerdict(part.key, report.UNMERGED, checked, cause="equals the base")
+        if rounded:
+            return TensorVerdict(part.key, report.ROUNDED, checked, cause="some codes are the next nearest")
         return TensorVerdict(part.key, report.WRONG, checked, cause="does not hold what the merged weight encodes to")
 
-    def _sample(self) -> tuple[int, int]:
+    def _ranges(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Blocks of rows that are worked on at once, which begin where the form allows it."""
         step = self.form.align(self.settings)
         block = max(1, BLOCK_ELEMENTS // max(1, self.cols) // step) * step
-        ranges = list(row_blocks(self.rows, block))
-        return random.Random(self.first.weight.key).choice(ranges)
+        return ((first + begin, first + end) for begin, end in row_blocks(last - first, block))
 
-    def _checked(self) -> dict[str, TensorRef]:
-        return {part.part: self.stored[part.part] for part in self.parts}
+    def _sample(self) -> tuple[int, int]:
+        return random.Random(self.first.weight.key).choice(list(self._ranges(0, self.rows)))
 
     def _kept(self, first: int, last: int) -> dict[str, Array]:
         spans = self.form.spans(self.settings, first, last)
@@ -104,41 +140,72 @@ class _Weight:
 
     def _values(self, first: int, last: int) -> F64Array:
         """The merged weight, recomputed."""
-        found = []
+        return np.concatenate([recomputed.expected(rows).value for recomputed, rows in self._cut(first, last)])
+
+    def _cut(self, first: int, last: int) -> Iterator[tuple[Recomputed, range]]:
+        """These rows, piece by piece of a fused weight."""
         for begin, end, recomputed in self._recomputed:
             low, high = max(first, begin), min(last, end)
             if low < high:
-                found.append(recomputed.expected(range(low - begin, high - begin)).value)
-        return np.concatenate(found)
+                yield recomputed, range(low - begin, high - begin)
 
-    def _blocks(self) -> Iterator[tuple[int, F32Array]]:
-        step = self.form.align(self.settings)
-        block = max(1, BLOCK_ELEMENTS // max(1, self.cols) // step) * step
-        for first, last in row_blocks(self.rows, block):
-            yield first, self._values(first, last).astype(np.float32)
+    def _rounded(self, first: int, last: int, up: bool) -> F32Array:
+        """The merged weight, rounded once to float32."""
+        return np.concatenate([self._round(recomputed, rows, up) for recomputed, rows in self._cut(first, last)])
 
-    def _as_near(self, first: int, last: int, wanted: Mapping[str, Array]) -> bool:
-        """Whether what is stored is as near to the merged weight as it can be, but for roundings of that."""
-        step = self.form.align(self.settings)
-        block = max(1, BLOCK_ELEMENTS // max(1, self.cols) // step) * step
+    def _chosen(self, first: int, last: int, up: bool) -> F32Array:
+        """Values whose nearest codes are wanted: the merged weight, or what stands for it with `compensate`."""
+        merged = self._rounded(first, last, up)
+        if not self.first.compensate:
+            return merged
+        base = np.concatenate([x.expected(rows).base for x, rows in self._cut(first, last)]).astype(np.float32)
+        known = self._kept(first, last)
+        return compensated(self.form, self.first.codec, self.settings, first, merged, base, known)
+
+    def _round(self, recomputed: Recomputed, rows: range, up: bool) -> F32Array:
+        expected = recomputed.expected(rows)
+        largest = np.maximum(np.abs(expected.base), np.abs(expected.value))
+        for _, delta in expected.deltas:
+            largest = np.maximum(largest, np.abs(delta))
+        with np.errstate(over="ignore", invalid="ignore"):
+            low = (expected.value - UNDECIDED * largest).astype(np.float32)
+            high = (expected.value + UNDECIDED * largest).astype(np.float32)
+            nearest = expected.value.astype(np.float32)
+        open_ = np.argwhere((low != high) & np.isfinite(nearest))
+        decided = MOST_EXACT if recomputed.decidable else 0
+        for i, j in open_[:decided]:
+            nearest[i, j] = recomputed.exactly(rows[int(i)], int(j), F32)
+        for i, j in open_[decided:]:
+            self._open = True
+            nearest[i, j] = (high if up else low)[i, j]
+        return nearest
+
+    def _as_near(self, first: int, last: int, same: Mapping[str, bool], wanted: Mapping[str, Array]) -> bool:
+        """Whether only a few codes differ, each as near to the merged weight as it can be but for its rounding."""
+        if not all(right for part, right in same.items() if part != self.codes):
+            return False
         try:
             settings = settled(self.form, self.settings, {p: self.reader.whole(r) for p, r in self.stored.items()})
         except ValueError:  # parts that contradict each other
             return False
+        axis, start, _ = self.form.spans(self.settings, first, last)[self.codes] or (0, 0, 0)
         off = 0
-        for at in range(first, last, block):
-            end = min(last, at + block)
-            values = self._values(at, end)
-            spans = self.form.spans(self.settings, at, end)
-            scales = self._scales(at, end)
-            stored = {**scales, self.codes: self.reader.slice(self.stored[self.codes], spans[self.codes])}
-            axis, begin, stop = spans[self.codes]
-            shift = 0 if (first, last) == (0, self.rows) else self.form.spans(self.settings, first, last)[self.codes][1]
-            cut = (slice(None),) * axis + (slice(begin - shift, stop - shift),)
-            best = {**scales, self.codes: wanted[self.codes][cut]}
-            error = np.abs(self.form.decode(stored, settings, at, end) - values)
+        for at, end in self._ranges(first, last):
+            values, scales = self._values(at, end), self._scales(at, end)
+            span = self.form.spans(self.settings, at, end)[self.codes]
+            stored = {**scales, self.codes: self.reader.slice(self.stored[self.codes], span)}
+            cut = slice(None) if span is None else slice(span[1] - start, span[2] - start)
+            best = {**scales, self.codes: wanted[self.codes][(slice(None),) * axis + (cut,)]}
+            decoded = self.form.decode(stored, settings, at, end)
+            error = np.abs(decoded - values)
             least = np.abs(self.form.decode(best, settings, at, end) - values)
-            off += int((error != least).sum())
-            if (error > least + NEAR * np.abs(values).max(initial=0)).any():
+            if not (error <= least + NEAR * np.abs(values).max(initial=0)).all():
                 return False
-        return off <= FEW * (last - first) * self.cols + 1
+            off += int((error != least).sum())
+        return 0 < off <= FEW * (last - first) * self.cols + 1
+
+
+def _either(found: Array, one: Array, other: Array) -> bool:
+    """Whether each byte is that of one of the two; of floats too, so that -0.0 and 0.0 differ."""
+    a, b, c = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (found, one, other))
+    return len(a) == len(b) and bool(((a == b) | (a == c)).all())

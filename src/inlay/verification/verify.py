@@ -8,11 +8,13 @@ from pathlib import Path
 
 from inlay.adapters.adapter import Adapter, read_adapter
 from inlay.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from inlay.checkpoints.spans import BASE
 from inlay.errors import InputError
 from inlay.plan.build import NO_OPTIONS, NO_QUANT, make_plan
 from inlay.plan.combination import Options
 from inlay.plan.quant import Quant
 from inlay.plan.types import Plan
+from inlay.records.fingerprint import check_recorded
 from inlay.records.manifest import MANIFEST, is_sealed, read_manifest
 from inlay.verification.files import check_index, check_own, check_sidecars
 from inlay.verification.report import Report
@@ -40,7 +42,8 @@ def verify(
     Settings that are not given are taken from the directory's manifest where it has one. With `full` every
     element is looked at, otherwise a few rows of each tensor and all files.
 
-    Raises PlanError when the adapters do not fit the base at all.
+    Raises PlanError when the adapters do not fit the base at all, and, with `full`, InputError when they recorded
+    another base.
     """
     folder = Path(merged)
     manifest = read_manifest(folder) if folder.is_dir() and is_sealed(folder) else None
@@ -58,7 +61,17 @@ def verify(
         quant=quant if quant.given() else Quant(**recorded.get("quant", {})),
         max_shard_size=max_shard_size or recorded.get("max_shard_bytes"),
     )
+    if full:
+        _check_base(plan)
     return verify_plan(plan, folder, full=full)
+
+
+def _check_base(plan: Plan) -> None:
+    """Raises InputError for a base that is not the one an adapter recorded."""
+    for position, adapter in enumerate(plan.adapters):
+        recorded = {e.key: e.digest for e in plan.expectations if e.adapter == position}
+        if recorded:
+            check_recorded(open_checkpoint(plan.roots[BASE]), recorded, adapter.name)
 
 
 def verify_plan(plan: Plan, merged: StrPath, *, full: bool = True, staged: bool = False) -> Report:

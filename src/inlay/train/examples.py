@@ -1,0 +1,215 @@
+"""Rows as tokens, with labels on answers only.
+
+A conversation is written by the chat template and its answers are found in the text: an answer begins where the
+template, given the messages before it and asked for a reply, ends, and it ends where the template with the answer ends.
+What a template writes otherwise once more turns follow (some drop earlier thoughts) cannot be found this way; such a
+turn is read and not learned, and counted.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from inlay.datasets.row import Message, Row
+from inlay.errors import InputError
+
+UNLABELLED = -100
+DELETE, RIGHT, LEFT, RAISE = "delete", "right", "left", "raise"
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one row, and as many labels: the id where it is learned, UNLABELLED elsewhere."""
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    @property
+    def learned(self) -> int:
+        return sum(label != UNLABELLED for label in self.labels)
+
+
+@dataclass
+class Counts:
+    """What became of the rows."""
+
+    rows: int = 0
+    tokens: int = 0
+    learned: int = 0
+    longest: int = 0
+    cut: int = 0
+    too_long: int = 0
+    unlearned_turns: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+class Encoder:
+    """Turns rows into examples with one tokenizer."""
+
+    def __init__(self, tokenizer: Any, max_length: int, truncation: str, system: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.truncation = truncation
+        self.system = system
+        self._special = tuple(sorted({str(t) for t in tokenizer.all_special_tokens}, key=len, reverse=True))
+        if not tokenizer.is_fast:
+            raise InputError(
+                f"{type(tokenizer).__name__} cannot say which letters a token stands for, so answers cannot be told "
+                "from questions; use the tokenizer in its fast form (tokenizer.json)"
+            )
+
+    def encode(self, rows: Sequence[Row]) -> tuple[list[Example], Counts]:
+        """The examples of all rows that fit. Raises InputError for a row that the template refuses."""
+        if any(row.messages for row in rows) and not self.tokenizer.chat_template:
+            raise InputError(
+                "the base has no chat template, and the data are conversations: give one with --chat_template "
+                'FILE.jinja, or data of plain text ({"text": …})'
+            )
+        counts, examples = Counts(), []
+        for row in rows:
+            example = self._fit(self._text(row) if row.text is not None else self._talk(row, counts), row, counts)
+            if example is None:
+                continue
+            counts.rows += 1
+            counts.tokens += len(example.ids)
+            counts.learned += example.learned
+            counts.longest = max(counts.longest, len(example.ids))
+            examples.append(example)
+        if not examples:
+            raise InputError(
+                f"none of the {len(rows)} rows can be learned: {counts.too_long} are longer than --max_length "
+                f"{self.max_length}, the others have no answer that the chat template shows"
+            )
+        return examples, counts
+
+    def _text(self, row: Row) -> Example:
+        """A plain text, all of it learned, with the end of text after it."""
+        ids = list(self.tokenizer(row.text, verbose=False)["input_ids"])
+        end = self.tokenizer.eos_token_id
+        if end is not None and (not ids or ids[-1] != end):
+            ids.append(end)
+        return Example(tuple(ids), tuple(ids))
+
+    def _talk(self, row: Row, counts: Counts) -> Example:
+        messages = list(row.messages)
+        if self.system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.system})
+        told = [{k: v for k, v in m.items() if k != "loss"} for m in messages]
+        text, spans = self._written(told, row), []
+        for position, message in enumerate(messages):
+            if message["role"] != "assistant" or message.get("loss") is False:
+                continue
+            before = self._written(told[:position], row, asked=True)
+            after = self._written(told[: position + 1], row)
+            if text.startswith(after) and after.startswith(before):
+                spans.append((len(before), self._end(after, len(before))))
+            else:
+                counts.unlearned_turns += 1
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+        labels = [
+            token if any(start <= a and a < end for start, end in spans) else UNLABELLED
+            for token, (a, _) in zip(ids, offsets, strict=True)
+        ]
+        end = self.tokenizer.eos_token_id
+        if end is not None and labels and labels[-1] not in (UNLABELLED, end) and not text.endswith(self._special):
+            ids, labels = [*ids, end], [*labels, end]  # a template that says nothing at the end teaches no end
+        return Example(tuple(ids), tuple(labels))
+
+    def _end(self, text: str, start: int) -> int:
+        """Where an answer ends: after its end marker, not with the line break that some templates put behind."""
+        answer = text[start:].rstrip()
+        return start + len(answer) if answer.endswith(self._special) else len(text)
+
+    def _written(self, messages: list[Message], row: Row, asked: bool = False) -> str:
+        import jinja2
+
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tools=list(row.tools) or None, tokenize=False, add_generation_prompt=asked
+                )
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise InputError(f"{row.where}: the chat template refuses this conversation: {error}") from None
+
+    def _fit(self, example: Example, row: Row, counts: Counts) -> Example | None:
+        if len(example.ids) > self.max_length:
+            if self.truncation == RAISE:
+                what = f"has {len(example.ids)} tokens, --max_length is {self.max_length}"
+                raise InputError(f"{row.where}: {what}; raise it, or let --truncation_strategy delete or cut it")
+            if self.truncation == DELETE:
+                counts.too_long += 1
+                return None
+            counts.cut += 1
+            part = slice(-self.max_length, None) if self.truncation == LEFT else slice(self.max_length)
+            example = Example(example.ids[part], example.labels[part])
+        # The first token has nothing before it to be told from.
+        return example if any(label != UNLABELLED for label in example.labels[1:]) else None
+
+
+def split(rows: Sequence[Row], ratio: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and to evaluate with; at least one of each where `ratio` is above 0."""
+    if not ratio:
+        return list(rows), []
+    if len(rows) < 2:
+        raise InputError("--split_dataset_ratio needs at least 2 rows")
+    kept = max(1, min(len(rows) - 1, round(len(rows) * ratio)))
+    chosen = set(random.Random(seed).sample(range(len(rows)), kept))
+    return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
+
+
+def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
+    """Examples side by side in blocks of at most `max_length` tokens: the longest first, each into the first block that
+    has room. Law: each example is in one block."""
+    blocks: list[list[Example]] = []
+    room: list[int] = []
+    for example in sorted(examples, key=lambda e: -len(e.ids)):
+        place = next((i for i, free in enumerate(room) if free >= len(example.ids)), None)
+        if place is None:
+            place = len(blocks)
+            blocks.append([])
+            room.append(max_length)
+        blocks[place].append(example)
+        room[place] -= len(example.ids)
+    return blocks
+
+
+def collate(batch: Sequence[Sequence[Example]], pad_id: int, positions: bool) -> dict[str, Any]:
+    """Tensors of a batch of blocks, (rows, longest block): filled up at their ends.
+
+    Blocks of several examples (`positions`) carry positions that begin anew with each, by which attention keeps them
+    apart, and no mask; the filling is one more example there, unlabelled.
+    """
+    import torch
+
+    longest = max(sum(len(e.ids) for e in block) for block in batch)
+    ids, labels, masks, places = [], [], [], []
+    for block in batch:
+        tokens = [t for e in block for t in e.ids]
+        # The first token of an example is not to be told from the last of the one before.
+        wanted = [t for e in block for t in (UNLABELLED, *e.labels[1:])]
+        rest = longest - len(tokens)
+        ids.append(tokens + [pad_id] * rest)
+        labels.append(wanted + [UNLABELLED] * rest)
+        masks.append([1] * len(tokens) + [0] * rest)
+        places.append([i for e in block for i in range(len(e.ids))] + list(range(rest)))
+    found = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+    name, values = ("position_ids", places) if positions else ("attention_mask", masks)
+    return {**found, name: torch.tensor(values)}
+
+
+def read_template(path: str) -> str:
+    """A chat template from a file. Raises InputError."""
+    import jinja2
+
+    try:
+        text = Path(path).read_text("utf-8")
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
+        raise InputError(f"--chat_template {path}: cannot be read ({error})") from None
+    return text

@@ -1,0 +1,291 @@
+"""The endpoint, as the `openai` client and plain HTTP see it; limits, refusals and the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cases import Kit
+from chatty import GREEDY, ask, source_of, talking
+from inlay.cli.main import main
+from inlay.errors import InputError
+from inlay.infer.backend import Reply, Request, Serving
+from inlay.infer.chat import prompt_tokens
+from inlay.infer.pt import TorchBackend
+from inlay.infer.serve import listen, make_app
+
+openai = pytest.importorskip("openai")
+httpx2 = pytest.importorskip("httpx2")
+uvicorn = pytest.importorskip("uvicorn")
+SERVING = Serving(port=0, name="tiny", api_key="secret")
+
+
+@contextmanager
+def running(backend: Any, serving: Serving = SERVING) -> Iterator[str]:
+    """An endpoint in a thread of this process, by its address."""
+    listener = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(make_app(backend, serving), log_level="error", lifespan="on"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def backend(kit: Kit, tmp_path_factory: pytest.TempPathFactory) -> TorchBackend:
+    base = talking(kit, tmp_path_factory.mktemp("serve"))
+    return TorchBackend(source_of(base, [kit.adapter("qwen2-plain")], merge=True))
+
+
+@pytest.fixture(scope="module")
+def address(backend: TorchBackend) -> Iterator[str]:
+    with running(backend) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Iterator[Any]:
+    with openai.OpenAI(base_url=address, api_key="secret", max_retries=0, timeout=30) as made:
+        yield made
+
+
+ASKED: list[Any] = [{"role": "user", "content": "hello"}]
+
+
+def test_the_model_is_listed(client: Any) -> None:
+    (model,) = client.models.list().data
+    assert model.id == "tiny" and model.max_model_len == 32
+
+
+def test_chat_answers_as_the_backend_does(client: Any, backend: TorchBackend) -> None:
+    request = Request(prompt_tokens(backend.tokenizer, "hello", None, True), GREEDY)
+    expected = backend.generate([request])[0]
+    found = client.chat.completions.create(model="tiny", messages=ASKED, max_tokens=10, temperature=0)
+    (choice,) = found.choices
+    assert choice.message.content == expected.text and choice.message.role == "assistant"
+    assert choice.finish_reason == expected.finish_reason
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (
+        expected.prompt_tokens,
+        expected.completion_tokens,
+    )
+
+
+def test_chat_streams_the_same_text(client: Any, backend: TorchBackend) -> None:
+    request = Request(prompt_tokens(backend.tokenizer, "hello", None, True), GREEDY)
+    expected = backend.generate([request])[0]
+    chunks = list(client.chat.completions.create(
+        model="tiny", messages=ASKED, max_tokens=10, temperature=0, stream=True, stream_options={"include_usage": True}
+    ))  # fmt: skip
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == expected.text
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == expected.finish_reason
+    assert sum(bool(c.choices and c.choices[0].delta.content) for c in chunks) > 3
+    assert chunks[-1].usage.completion_tokens == expected.completion_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_plain_text_is_continued(client: Any, backend: TorchBackend, stream: bool) -> None:
+    expected = backend.generate([ask(backend, "hello")])[0].text
+    found = client.completions.create(model="tiny", prompt="hello", max_tokens=10, temperature=0, stream=stream)
+    assert "".join(c.choices[0].text for c in (found if stream else [found])) == expected
+    by_tokens = client.completions.create(
+        model="tiny", prompt=list(ask(backend, "hello").tokens), max_tokens=10, temperature=0
+    )
+    assert by_tokens.choices[0].text == expected
+
+
+def test_parts_of_text_are_one_content_and_stop_words_hold(client: Any, backend: TorchBackend) -> None:
+    whole = (
+        client.chat.completions.create(model="tiny", messages=ASKED, max_tokens=10, temperature=0)
+        .choices[0]
+        .message.content
+    )
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]}]
+    found = client.chat.completions.create(model="tiny", messages=parts, max_tokens=10, temperature=0, stop=whole[2:4])
+    assert (
+        found.choices[0].message.content == whole[: whole.index(whole[2:4])]
+        and found.choices[0].finish_reason == "stop"
+    )
+
+
+def test_the_key_is_asked_for(address: str) -> None:
+    with openai.OpenAI(base_url=address, api_key="wrong", max_retries=0) as other:
+        with pytest.raises(openai.AuthenticationError):
+            other.models.list()
+        with pytest.raises(openai.AuthenticationError):
+            other.completions.create(model="tiny", prompt="a")
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    ({"n": 2}, "n is not supported"),
+    ({"logprobs": True}, "logprobs is not supported"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
+    ({"max_tokens": 99}, "context is 32"),
+    ({"temperature": -1}, "temperature"),
+    ({"top_p": 7}, "top_p"),
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "only parts of type text"),
+    ({"extra_body": {"max_tokens": "ten"}}, "max_tokens"),
+    ({"extra_body": {"stop": 3}}, "stop must be"),
+])  # fmt: skip
+def test_what_cannot_be_done_is_refused_with_its_name(client: Any, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=said):
+        client.chat.completions.create(**{"model": "tiny", "messages": ASKED, **more})
+
+
+def test_another_model_is_not_found(client: Any) -> None:
+    with pytest.raises(openai.NotFoundError, match="no model 'huge'"):
+        client.chat.completions.create(model="huge", messages=ASKED)
+
+
+@pytest.mark.parametrize(("content", "status"), [
+    (b"not json", 400), (b"[1]", 400), (b'{"messages": "' + b"a" * 2000 + b'"}', 413), (b"[" * 5000, 413), (b"[" * 900, 400),
+])  # fmt: skip
+def test_bodies_that_are_none_are_refused(backend: TorchBackend, content: bytes, status: int) -> None:
+    with running(backend_of(backend), replace(SERVING, api_key=None, max_body_bytes=1000)) as url:
+        answer = httpx2.post(f"{url}/chat/completions", content=content)
+    assert answer.status_code == status and answer.json()["error"]["message"]
+
+
+class Slow:
+    """A backend that says a word each time it is let, and remembers who stopped it."""
+
+    name, context, notes = "slow", None, ()
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.let = threading.Semaphore(0)
+        self.running = self.most = self.stopped = 0
+        self.shut = threading.Event()
+
+    def stream(self, request: Request) -> Iterator[str | Reply]:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            for _ in range(3):
+                while not self.let.acquire(timeout=0.02) and not self.shut.is_set():
+                    yield ""
+                yield "a"
+            yield Reply("aaa", len(request.tokens), 3, "stop")
+        except GeneratorExit:
+            self.stopped += 1
+            raise
+        finally:
+            self.running -= 1
+
+    def close(self) -> None:
+        self.shut.set()
+
+
+def backend_of(backend: TorchBackend) -> Slow:
+    return Slow(backend.tokenizer)
+
+
+def wait_for(true: Any) -> None:
+    end = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_replies_are_made_one_after_another_and_the_line_is_limited(backend: TorchBackend) -> None:
+    slow = backend_of(backend)
+    body = {"prompt": "a", "max_tokens": 3}
+    answers: list[Any] = []
+    with running(slow, replace(SERVING, api_key=None, max_waiting=2)) as url:
+
+        def send() -> None:
+            answers.append(httpx2.post(f"{url}/completions", json=body, timeout=20))
+
+        threads = [threading.Thread(target=send) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: len(answers) == 1)  # one is being answered, two wait, one goes away
+        for _ in range(9):
+            slow.let.release()
+        for thread in threads:
+            thread.join()
+    assert answers[0].status_code == 429
+    assert [a.json()["choices"][0]["text"] for a in answers[1:]] == ["aaa"] * 3 and slow.most == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_stops_its_reply(backend: TorchBackend, stream: bool) -> None:
+    slow = backend_of(backend)
+    with running(slow, replace(SERVING, api_key=None)) as url:
+        body = {"prompt": "a", "max_tokens": 3, "stream": stream}
+        with (
+            pytest.raises(httpx2.ReadTimeout),
+            httpx2.stream("POST", f"{url}/completions", json=body, timeout=0.5) as answer,
+        ):
+            for _ in answer.iter_lines():
+                time.sleep(0.01)
+                if stream:
+                    raise httpx2.ReadTimeout("gone")
+        wait_for(lambda: slow.stopped == 1 and slow.running == 0)
+        for _ in range(3):
+            slow.let.release()
+        assert httpx2.post(f"{url}/completions", json={"prompt": "a"}).json()["choices"][0]["text"] == "aaa"
+
+
+def test_a_port_in_use_is_refused_before_loading(capsys: pytest.CaptureFixture[str], kit: Kit, tmp_path: Path) -> None:
+    base = talking(kit, tmp_path)
+    (base / "tokenizer.json").unlink()  # loading would stumble over it
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--model", str(base), "--port", str(port)]) == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--port", "99999"], "--port"), (["--max_waiting", "0"], "--max_waiting"), (["--host", "203.0.113.7"], "cannot listen"),
+    (["--task_type", "embedding"], "not served"), (["--max_body_size", "much"], "not a size"),
+])  # fmt: skip
+def test_bad_requests_end_with_one_message(
+    kit: Kit, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--model", str(kit.base("qwen2")), *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_it_listens_on_this_machine_only_unless_told_otherwise() -> None:
+    assert Serving().host == "127.0.0.1"
+    with pytest.raises(InputError, match="cannot listen"):
+        listen("no.such.host.invalid", 0)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_cleanly(kit: Kit, tmp_path: Path, sign: int) -> None:
+    base = talking(kit, tmp_path)
+    environment = {**os.environ, "INLAY_API_KEY": "k", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "inlay", "serve", "--model", str(base), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert "serving qwen2.F32 at http://127.0.0.1:" in line
+        url = line.split(" at ")[1].split()[0]
+        for _ in range(200):
+            try:
+                httpx2.get(url.replace("/v1", "/health")).raise_for_status()
+                break
+            except httpx2.HTTPError:
+                time.sleep(0.05)
+        assert httpx2.get(f"{url}/models").status_code == 401
+        process.send_signal(sign)
+        assert process.wait(60) == 0
+        assert "Traceback" not in process.stderr.read()
