@@ -117,6 +117,8 @@ def test_full_training_leaves_a_whole_model_without_the_state_of_the_run(base: P
     code, _, err = inlay(f"export --model {checkpoint} --output_dir {tmp_path / 'out'}")
     assert code == 0, err
     there = {p.name for p in (tmp_path / "out").iterdir()}
+    one, other = (json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "out"))
+    assert one.get("use_cache") == other.get("use_cache") is True
     assert {"config.json", "tokenizer.json", "model.safetensors"} <= there
     assert not {"optimizer.pt", "scheduler.pt", "training_args.bin", "trainer_state.json"} & there
 

@@ -18,6 +18,7 @@ Layers, imports go down only:
     adapters  datasets       what training produced, and what it reads
     checkpoints              what is on disk: layouts, headers, spans
     tuners  codecs           the maths of each method, and of each stored form
+    extras                   packages that are not there by default
     dtypes  digests  errors  words everything shares
 
 From Python:

@@ -16,13 +16,13 @@ from typing import Any
 from inlay.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from inlay.cli.text import size
 from inlay.errors import InputError
+from inlay.extras import needs
 from inlay.output.destination import check_destination
 from inlay.output.staging import write_durably
 from inlay.plan.build import parse_size
 from inlay.plan.sidecars import BASE_CARD, CARD
 from inlay.plan.types import Plan
 from inlay.quantising.calibration import MAX_LENGTH, SAMPLES, Text, read_texts
-from inlay.quantising.extra import needs
 from inlay.quantising.perplexity import perplexity
 from inlay.quantising.quantise import Quantised, open_source, quantise
 from inlay.records.manifest import MANIFEST, read_manifest

@@ -181,9 +181,9 @@ def compare(
 
 def _as_recorded(source: Source, merged: Path) -> Source:
     """With the weights, type and way to combine that the manifest of `merged` records, where others are not given."""
-    if not is_sealed(merged):
+    manifest = read_manifest(merged) if is_sealed(merged) else None
+    if manifest is None:
         return source
-    manifest = read_manifest(merged)
     recorded = manifest["settings"]
     if source.weights is None and [a["digest"] for a in manifest["adapters"]] == [a.digest for a in source.adapters]:
         source = replace(source, weights=tuple(float(a["weight"]) for a in manifest["adapters"]))

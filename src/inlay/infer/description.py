@@ -13,8 +13,8 @@ from typing import Any
 
 from inlay.checkpoints.spans import BASE
 from inlay.errors import InputError
+from inlay.extras import needs
 from inlay.infer.backend import CAUSAL, EMBEDDING, SEQ_CLS
-from inlay.infer.extra import needs
 from inlay.keys.memory import IGNORED
 from inlay.output.json_edit import edit_json
 from inlay.plan.sidecars import CONFIG, TOKENIZER_FILES

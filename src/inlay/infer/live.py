@@ -14,8 +14,8 @@ from typing import Any
 
 from inlay.adapters.adapter import PEFT, Adapter
 from inlay.errors import InputError
+from inlay.extras import needs
 from inlay.infer.backend import CAUSAL, Source
-from inlay.infer.extra import needs
 
 
 class Unfit(Exception):

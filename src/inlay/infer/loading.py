@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inlay.errors import InlayError, InputError
+from inlay.extras import needs
 from inlay.infer.backend import CAUSAL
 from inlay.infer.description import last_line, model_class, read_config, read_sidecar
-from inlay.infer.extra import needs
 from inlay.plan.types import Coded, Entry, Plan
 from inlay.run.tensors import merged_tensors
 

@@ -14,6 +14,7 @@ from inlay.adapters.adapter import Adapter
 from inlay.checkpoints.checkpoint import open_checkpoint
 from inlay.checkpoints.decoded import quantisation
 from inlay.errors import InputError
+from inlay.extras import needs
 from inlay.infer import live
 from inlay.infer.backend import (
     CANCELLED,
@@ -30,7 +31,6 @@ from inlay.infer.backend import (
 )
 from inlay.infer.description import context_of, read_tokenizer
 from inlay.infer.detokenise import Detokeniser
-from inlay.infer.extra import needs
 from inlay.infer.loading import load_model
 from inlay.infer.pooling import pooling_of, vectors
 from inlay.plan.build import make_plan

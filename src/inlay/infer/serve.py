@@ -21,9 +21,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from typing import TYPE_CHECKING, Any
 
 from inlay.errors import InputError
+from inlay.extras import needs
 from inlay.infer.backend import Backend, Reply, Request, Serving, check_length
 from inlay.infer.chat import prompt_tokens, text_tokens
-from inlay.infer.extra import needs
 from inlay.infer.openai_api import (
     Chat,
     Completion,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from inlay.errors import InputError
-from inlay.quantising.extra import needs
+from inlay.extras import needs
 
 SAMPLES = 128
 MAX_LENGTH = 512

@@ -24,10 +24,10 @@ from inlay.checkpoints.refs import TensorRef
 from inlay.checkpoints.spans import BASE, SpanReader
 from inlay.codecs import packing
 from inlay.errors import CheckFailed, CheckpointError, InputError
+from inlay.extras import needs
 from inlay.output.copying import copy_span
 from inlay.quantising.awq import Calibrated
 from inlay.quantising.calibration import Text, calibration_blocks, read_tokenizer
-from inlay.quantising.extra import needs
 from inlay.quantising.writing import write_sidecars
 
 FEWEST_TOKENS = 10  # of a block; gptqmodel drops shorter ones

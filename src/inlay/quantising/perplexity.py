@@ -10,9 +10,9 @@ from typing import Any
 
 from inlay.checkpoints.checkpoint import open_checkpoint
 from inlay.errors import InputError
+from inlay.extras import needs
 from inlay.plan.build import make_plan
 from inlay.quantising.calibration import MAX_LENGTH, Text, encode, read_tokenizer
-from inlay.quantising.extra import needs
 from inlay.quantising.skeleton import make_config, model_class
 from inlay.run.tensors import merged_tensors
 

@@ -20,8 +20,8 @@ from inlay.checkpoints.refs import TensorRef
 from inlay.checkpoints.spans import BASE, SpanReader
 from inlay.dtypes import decode32
 from inlay.errors import InputError
+from inlay.extras import needs
 from inlay.keys.memory import IGNORED, Slice, memory_layout
-from inlay.quantising.extra import needs
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -24,6 +24,7 @@ from inlay.tuners import dense, device, dora, expansion, kernel, lora
 from inlay.tuners.bounded import Bounded
 from inlay.tuners.exact import ExactStep, element
 
+FEW_OPEN = 32  # elements of a block that are decided one by one
 DECIDED_AT_ONCE = 1 << 12  # elements whose sums are exact at once
 
 Device = Any  # torch.device, or None for this processor
@@ -297,8 +298,15 @@ class Merger:
         source, dtype = self.entry.source.dtype, self.entry.dtype
         left = self._left32(first, first + len(raw))
         result = kernel.merge(raw, source, left, right, out, dtype)
-        for index in result.open.tolist():
-            i, j = divmod(index, self.cols)
+        places = np.stack(np.divmod(result.open, self.cols), axis=1)
+        if len(places) > FEW_OPEN:
+            triples, at = [], 0
+            for step in self.entry.low_rank:
+                ours = left[:, at : at + step.rank].astype(np.float64)
+                triples.append((ours, self._right64(step), step.scaling))
+                at += step.rank
+            places = _decided(out, places, decode(raw, source), triples, dtype)
+        for i, j in places.tolist():
             out[i, j] = self._sum_exactly(float(decode(raw[i, j : j + 1], source)[0]), left[i], j)
         if result.open.size == 0:
             return result.finite

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from inlay.errors import InputError
+from inlay.extras import needs
 from inlay.train.examples import read_template
-from inlay.train.extra import needs
 from inlay.train.recipe import FULL, Recipe
 
 DEFAULT_MAX_LENGTH = 2048  # where the model names none
@@ -16,7 +16,7 @@ DEFAULT_MAX_LENGTH = 2048  # where the model names none
 
 def read_tokenizer(path: Path, recipe: Recipe) -> Any:
     """The base's tokenizer, with the chat template that is asked for, and something to fill rows up with."""
-    with needs("training"):
+    with needs("train", "training"):
         import transformers
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -39,7 +39,7 @@ def pad_id(tokenizer: Any) -> int:
 
 def read_config(path: Path, recipe: Recipe) -> Any:
     """The config of a model that tells the next word. Raises InputError for any other."""
-    with needs("training"):
+    with needs("train", "training"):
         import transformers
     try:
         config = transformers.AutoConfig.from_pretrained(
@@ -110,7 +110,7 @@ def _quantisation(recipe: Recipe, dtype: Any) -> Any:
     import transformers
 
     config: Any = transformers.BitsAndBytesConfig
-    with needs("--quant_method bnb", "bitsandbytes"):
+    with needs("qlora", "--quant_method bnb"):
         import bitsandbytes  # type: ignore[import-not-found, unused-ignore] # noqa: F401
     if recipe.quant_bits == 8:
         return config(load_in_8bit=True)

@@ -177,6 +177,8 @@ def new_trainer(
             folder = Path(str(output_dir or self.args.output_dir))
             if papers.initial is not None:
                 converting.convert_checkpoint(folder, papers.initial)
+            if recipe.train_type == FULL:
+                records.restore_cache(papers.folder, folder)
             records.copy_tokenizer(papers.folder, folder, papers.template)
             records.finish_checkpoint(folder, papers.args, papers.base(folder) if papers.base else None)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -281,9 +281,3 @@ def check_output(output_dir: str) -> None:
         raise InputError(f"--output_dir {output_dir}: {found} is not a folder")
     if not os.access(found, os.W_OK | os.X_OK):
         raise InputError(f"--output_dir {output_dir}: {found} cannot be written to")
-
-
-def differing(recipe: Recipe, recorded: Mapping[str, Any], names: Collection[str] = NAMES) -> list[str]:
-    """Fields whose values are not the recorded ones."""
-    values = {n: list(v) if isinstance(v, tuple) else v for n, v in recipe.to_json().items()}
-    return [n for n in names if n in recorded and values[n] != recorded[n]]

@@ -196,6 +196,19 @@ def copy_tokenizer(base: Path, checkpoint: Path, template: str | None) -> None:
         (checkpoint / CHAT_TEMPLATE).write_text(template, "utf-8")
 
 
+def restore_cache(base: Path, checkpoint: Path) -> None:
+    """`use_cache` in the config of a model that is trained whole as the base has it: training alone turns it off."""
+    before = read_json_object(base / "config.json", InputError)
+    after = read_json_object(checkpoint / "config.json", InputError)
+    sections = [(before, after)]
+    sections += [(v, after[k]) for k, v in before.items() if isinstance(v, dict) and isinstance(after.get(k), dict)]
+    for old, new in sections:
+        new.pop("use_cache", None)
+        if "use_cache" in old:
+            new["use_cache"] = old["use_cache"]
+    write_json(checkpoint / "config.json", after)
+
+
 def finish_checkpoint(checkpoint: Path, args: Mapping[str, Any], base: Mapping[str, Any] | None) -> None:
     """Put the records beside the weights; without a base for a model that is whole itself."""
     if base is not None:

@@ -18,10 +18,10 @@ from inlay.adapters.adapter import ARGS, FINGERPRINT
 from inlay.checkpoints.json_files import read_json_object
 from inlay.datasets.row import Row
 from inlay.errors import InputError
+from inlay.extras import needs
 from inlay.train import converting, load, records
 from inlay.train.data import data_digest, read_data
 from inlay.train.examples import Counts, Encoder, Example, collate, pack
-from inlay.train.extra import needs
 from inlay.train.loop import Papers, Schedule, Stop, make_schedule, new_trainer, training_arguments
 from inlay.train.recipe import FULL, Recipe, check_output
 from inlay.train.targets import Targets
@@ -63,7 +63,7 @@ def run_sft(recipe: Recipe, base: Path, say: Say, resumed: Resumed | None = None
 
 
 def _run(recipe: Recipe, base: Path, say: Say, resumed: Resumed | None) -> Trained:
-    with needs("training"):
+    with needs("train", "training"):
         import accelerate
         import matplotlib  # noqa: F401
         import peft  # noqa: F401
@@ -281,7 +281,7 @@ def _finish(trainer: Any, run: Path, log: records.Log | None, args: Mapping[str,
     state = trainer.state
     losses = [line["loss"] for line in state.log_history if "loss" in line]
     if log is not None:
-        with needs("the curves of a run"):
+        with needs("train", "the curves of a run"):
             records.draw_curves(run, log.lines())
     checkpoint = run / f"checkpoint-{state.global_step}"
     interrupted = state.global_step < schedule.steps
