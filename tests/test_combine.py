@@ -725,7 +725,13 @@ def test_adapters_of_other_libraries_are_refused(kit: Kit, tmp_path: Path) -> No
 
 def test_all_reasons_are_given_at_once(kit: Kit, tmp_path: Path) -> None:
     dora, bias = (build(kit, "qwen2", [ODD[kind][0]])[0] for kind in ("dora", "lora_bias"))
-    words = ["is a DoRA", "has lora_bias", "no such file or directory", "2 for 3 adapters", "must be in (0, 1], not 1.5"]
+    words = [
+        "is a DoRA",
+        "has lora_bias",
+        "no such file or directory",
+        "2 for 3 adapters",
+        "must be in (0, 1], not 1.5",
+    ]
     refused([dora, bias, tmp_path / "none"], tmp_path, words, weights=[1, 2], density=1.5, combine_by="ties_svd")
 
 

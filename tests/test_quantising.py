@@ -296,20 +296,48 @@ def test_codes_that_are_not_those_of_the_weight_are_found(llama_awq: Path) -> No
         ({"keep": ["."]}, "no linear modules"),
         ({"samples": 0}, "at least 1 sample"),
         ({"max_memory": 1000}, "bytes of memory"),
-        ({"dataset": "empty.txt"}, "no text"),
-        ({"dataset": "odd.jsonl"}, "odd.jsonl:1"),
-        ({"dataset": "none.jsonl"}, "no such file"),
     ],
 )
-def test_requests_that_cannot_be_met(
-    llama: Path, tmp_path: Path, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("empty.txt").write_text(" \n\n")
-    Path("odd.jsonl").write_text('{"question": "?"}\n')
+def test_requests_that_cannot_be_met(llama: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        quantise(llama, "out", **{"method": "awq", **QUICK, **change})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt", "odd.jsonl"]
+        quantise(llama, tmp_path / "out", **{"method": "awq", **QUICK, **change})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", " \n\n", "no text"),
+        ("odd.jsonl", '{"question": "?"}\n', "odd.jsonl:1"),
+        ("none.jsonl", None, "no such file"),
+    ],
+)
+def test_datasets_that_cannot_be_read(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_texts(tmp_path / name)
+
+
+def test_merged_and_quantised_in_one_command(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The result is in codes, whole, and says what it was made from; nothing of the way is left."""
+    from build import write_adapter
+    from inlay.cli.main import main
+
+    shape = open_checkpoint(llama).tensors["model.layers.0.self_attn.q_proj.weight"][1].shape
+    adapter = write_adapter(tmp_path / "a", {"model.layers.0.self_attn.q_proj": (shape[0], shape[1])})
+    command = ["export", "--model", str(llama), "--adapters", str(adapter), "--merge_lora", "true"]
+    more = ["--quant_method", "awq", "--quant_bits", "4", "--group_size", "32", "--quant_n_samples", "4"]
+    assert main([*command, *more, "--max_length", "32", "--output_dir", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out" / "inlay_quant.json").read_text())
+    assert set(record["perplexity"]) == {"base", "merged", "awq"}
+    assert record["merged"]["adapters"][0]["name"] == "a"
+    decoded = decode_checkpoint(open_checkpoint(tmp_path / "out"))
+    assert not decoded.problems and "model.layers.0.self_attn.q_proj.weight" in decoded.encodings
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "out"]
+    capsys.readouterr()
+    assert main([*command, *more[:2], "--output_dir", str(tmp_path / "no")]) == 2
+    assert "--quant_bits" in capsys.readouterr().err
 
 
 def test_a_quantised_source_and_one_without_tokenizer_are_refused(llama: Path, llama_awq: Path, tmp_path: Path) -> None:

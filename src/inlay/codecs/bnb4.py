@@ -202,9 +202,7 @@ def by_kernel(settings: Mapping[str, Any]) -> bool:
     return True
 
 
-def decode_into(
-    parts: Mapping[str, Array], settings: Mapping[str, Any], first: int, last: int, out: F32Array
-) -> None:
+def decode_into(parts: Mapping[str, Array], settings: Mapping[str, Any], first: int, last: int, out: F32Array) -> None:
     """The same by the compiled kernel."""
     columns, unit, block = _columns(settings), 2 * _itemsize(settings), settings["blocksize"]
     begin = first * columns

@@ -159,9 +159,7 @@ def by_kernel(settings: Mapping[str, Any]) -> bool:
     return bool(settings["dtype"] == "F8_E4M3")
 
 
-def decode_into(
-    parts: Mapping[str, Array], settings: Mapping[str, Any], first: int, last: int, out: F32Array
-) -> None:
+def decode_into(parts: Mapping[str, Array], settings: Mapping[str, Any], first: int, last: int, out: F32Array) -> None:
     """The same by the compiled kernel."""
     *lead, rows, columns = settings["shape"]
     begin = first // rows * rows if lead else first

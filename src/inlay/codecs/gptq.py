@@ -161,9 +161,7 @@ def by_kernel(settings: Mapping[str, Any]) -> bool:
     return bool(settings["bits"] == 4 and settings["order"] != "given")
 
 
-def decode_into(
-    parts: Mapping[str, Array], settings: Mapping[str, Any], first: int, last: int, out: F32Array
-) -> None:
+def decode_into(parts: Mapping[str, Array], settings: Mapping[str, Any], first: int, last: int, out: F32Array) -> None:
     """The same by the compiled kernel."""
     zeros = _zeros(parts["qzeros"], settings, first, last)
     scales = np.ascontiguousarray(decode32(parts["scales"], DTYPES[settings["scale"]]).T)

@@ -86,9 +86,7 @@ def by_kernel(settings: Mapping[str, Any]) -> bool:
     return True
 
 
-def decode_into(
-    parts: Mapping[str, Array], settings: Mapping[str, Any], first: int, last: int, out: F32Array
-) -> None:
+def decode_into(parts: Mapping[str, Array], settings: Mapping[str, Any], first: int, last: int, out: F32Array) -> None:
     """The same by the compiled kernel."""
     rows, begin = settings["shape"][1], first // settings["shape"][1]
     for expert in range(begin, -(-last // rows)):
