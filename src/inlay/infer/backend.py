@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from inlay.adapters.adapter import Adapter
+from inlay.checkpoints.checkpoint import open_checkpoint
 from inlay.errors import InputError
 from inlay.plan.build import NO_OPTIONS, NO_QUANT
 from inlay.plan.combination import Options
 from inlay.plan.quant import Quant
+from inlay.records.fingerprint import check_recorded
 
 CAUSAL, EMBEDDING, SEQ_CLS = "causal_lm", "embedding", "seq_cls"
 TASKS = (CAUSAL, EMBEDDING, SEQ_CLS)
@@ -170,15 +172,32 @@ class Backend(Protocol):
 
 
 def open_backend(name: str, source: Source) -> Backend:
-    """The model, loaded by the engine of this name."""
+    """The model, loaded by the engine of this name. Raises InputError for another base than an adapter recorded."""
+    check_base(source)
     backend: Backend = _module(name).load(source)
     return backend
 
 
 def serve_backend(name: str, source: Source, serving: Serving) -> int:
     """An endpoint over the engine of this name, until it is interrupted; the exit code."""
+    check_base(source)
     code: int = _module(name).serve(source, serving)
     return code
+
+
+def check_base(source: Source) -> None:
+    """Raises InputError where the base is not the one that an adapter was trained on, by the adapter's record."""
+    recorded = [adapter for adapter in source.adapters if adapter.fingerprint]
+    base = open_checkpoint(source.model) if recorded else None
+    for adapter in recorded:
+        assert base is not None
+        if adapter.fingerprint["headers"] != base.fingerprint:
+            raise InputError(
+                f"{adapter.name} was trained on another base: recorded {adapter.fingerprint['headers']}, "
+                f"{source.model} is {base.fingerprint}. Give the base it was trained on with --model"
+            )
+        known = {k: d for k, d in adapter.fingerprint["tensors"].items() if k in base.on_disk.tensors}
+        check_recorded(base, known, adapter.name)
 
 
 def _module(name: str) -> Any:
