@@ -2,7 +2,7 @@
 
     python bench/quant.py                                   # four forms, in memory-backed files and on disk
     python bench/quant.py --forms nf4 --where /dev/shm --runs 5
-    python bench/quant.py --library-python /tmp/venv/bin/python     # with bitsandbytes, gptqmodel, transformers
+    python bench/quant.py --library-python VENV/bin/python     # with bitsandbytes, gptqmodel, transformers
 
 Bases of 1.5 B parameters: nf4 (double quantisation), GPTQ (4 bits, groups of 128) and FP8 (blocks of 128 x 128) are
 shaped like Qwen2.5, their linear layers encoded by inlay's own codecs; MXFP4 is shaped like gpt-oss, two layers of 32

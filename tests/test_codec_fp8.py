@@ -16,7 +16,7 @@ from inlay.codecs.floats import LARGEST, table
 from inlay.dtypes import BF16, DTYPES, decode32
 
 GOLDEN = Path(__file__).parent / "golden" / "fp8.npz"
-REAL = Path("/work/shared/data/quantised")
+REAL = Path(__file__).parents[2] / "shared" / "data" / "quantised"  # beside the repository, where there are any
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [8, 16]}
 WHOLE = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
 INV, PLAIN = "weight_scale_inv", "weight_scale"

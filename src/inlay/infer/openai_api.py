@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -49,7 +50,7 @@ def check_fields(body: Mapping[str, Any], model: str) -> None:
             raise Refused(400, f"{field} is not supported")
 
 
-class Form:
+class Form(ABC):
     """How replies are put into OpenAI's objects."""
 
     kind, whole_kind, stream_kind = "", "", ""
@@ -58,11 +59,13 @@ class Form:
         self.usage_wanted = bool((body.get("stream_options") or {}).get("include_usage"))
         self.head = {"id": f"{self.kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
+    @abstractmethod
     def choice(self, text: str, reason: str | None) -> dict[str, Any]:
-        raise NotImplementedError
+        """A whole reply."""
 
+    @abstractmethod
     def piece(self, text: str, reason: str | None) -> dict[str, Any]:
-        raise NotImplementedError
+        """A part of one that is streamed."""
 
     def whole(self, reply: Reply) -> dict[str, Any]:
         choice = {"index": 0, **self.choice(reply.text, reply.finish_reason), "logprobs": None}
