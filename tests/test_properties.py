@@ -45,7 +45,7 @@ from build import (
 from inlay import dumps, loads, make_plan, run_plan, verify
 from inlay.digests import digest_json, digest_object
 from inlay.output.json_edit import edit_json
-from inlay.plan.build import parse_size
+from inlay.plan.request import parse_size
 from inlay.plan.types import Plan, from_json, to_json
 
 few = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])

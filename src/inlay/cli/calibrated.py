@@ -19,7 +19,7 @@ from inlay.errors import InputError
 from inlay.extras import needs
 from inlay.output.destination import check_destination
 from inlay.output.staging import write_durably
-from inlay.plan.build import parse_size
+from inlay.plan.request import parse_size
 from inlay.plan.sidecars import BASE_CARD, CARD
 from inlay.plan.types import Plan
 from inlay.quantising.calibration import MAX_LENGTH, SAMPLES, Text, read_texts

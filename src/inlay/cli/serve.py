@@ -8,7 +8,7 @@ import os
 from inlay.cli import inference
 from inlay.errors import InputError
 from inlay.infer.backend import CAUSAL, Serving, serve_backend
-from inlay.plan.build import parse_size
+from inlay.plan.request import parse_size
 
 
 def run(args: argparse.Namespace) -> int:

@@ -20,9 +20,8 @@ from typing import Any, Protocol
 from inlay.adapters.adapter import Adapter
 from inlay.checkpoints.checkpoint import open_checkpoint
 from inlay.errors import InputError
-from inlay.plan.build import NO_OPTIONS, NO_QUANT
-from inlay.plan.combination import Options
-from inlay.plan.quant import Quant
+from inlay.plan.combination import NO_OPTIONS, Options
+from inlay.plan.quant import NO_QUANT, Quant
 from inlay.records.fingerprint import check_recorded
 
 CAUSAL, EMBEDDING, SEQ_CLS = "causal_lm", "embedding", "seq_cls"
@@ -52,7 +51,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _in_range("max_new_tokens", self.max_new_tokens, 1, None)
-        _in_range("temperature", self.temperature, 0, 100)
+        if self.temperature:  # logits divided by less are Inf
+            _in_range("temperature, where it is not 0,", self.temperature, 1e-5, 100)
         _in_range("top_p", self.top_p, 0, 1, above=True)
         _in_range("top_k", self.top_k, -1, None)
         _in_range("repetition_penalty", self.repetition_penalty, 0, 100, above=True)

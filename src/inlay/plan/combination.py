@@ -46,6 +46,9 @@ class Options:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+NO_OPTIONS = Options()
+
+
 def by_place(name: str) -> bool:
     """Whether an adapter's place in the list decides something: the random elements that are kept of it, or the way."""
     peft, mergekit = combining.METHODS.get(name), mixing.METHODS.get(name)

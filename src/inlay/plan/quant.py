@@ -78,6 +78,9 @@ class Quant:
         return {name: value for name, value in asdict(self).items() if value not in (None, False)}
 
 
+NO_QUANT = Quant()
+
+
 def request_problems(quant: Quant, dtype: str | None, quantised: bool, merges: bool) -> list[Problem]:
     """What cannot be meant, whatever the tensors are."""
     problems = []

@@ -11,8 +11,8 @@ from pathlib import Path
 from inlay.errors import InlayError, InputError, OutputError, PlanError
 from inlay.output.destination import check_destination
 from inlay.output.staging import Staging, sync_folder
-from inlay.plan.build import parse_size
 from inlay.plan.memory import DEFAULT_MAX_MEMORY
+from inlay.plan.request import parse_size
 from inlay.plan.types import Plan
 from inlay.run.local import LocalExecutor
 from inlay.run.publish import write_manifest, write_sidecars

@@ -10,9 +10,9 @@ from inlay.adapters.adapter import Adapter, read_adapter
 from inlay.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from inlay.checkpoints.spans import BASE
 from inlay.errors import InputError
-from inlay.plan.build import NO_OPTIONS, NO_QUANT, make_plan
-from inlay.plan.combination import Options
-from inlay.plan.quant import Quant
+from inlay.plan.build import make_plan
+from inlay.plan.combination import NO_OPTIONS, Options
+from inlay.plan.quant import NO_QUANT, Quant
 from inlay.plan.types import Plan
 from inlay.records.fingerprint import check_recorded
 from inlay.records.manifest import MANIFEST, is_sealed, read_manifest
