@@ -132,16 +132,34 @@ def test_a_live_adapter_gives_the_texts_of_peft(live: Any, base: Path, adapter: 
     assert not BASE_TEXT.startswith(f"The sea was{texts[0]}")
 
 
-def test_modules_that_vllm_would_leave_out_are_noticed(live: Any, adapter: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-    from vllm.lora.request import LoRARequest
+def test_both_backends_give_the_same_texts(merged: Any, live: Any, base: Path, adapter: Path) -> None:
+    for engine, merge in ((merged[0], True), (live, False)):
+        pt = open_backend("pt", source(base, adapter, merge=merge))
+        try:
+            asked = [ask(pt, p) for p in PROMPTS]
+            assert [r.text for r in engine.generate(asked)] == [r.text for r in pt.generate(asked)]
+        finally:
+            pt.close()
 
+
+@pytest.fixture(scope="module")
+def moved(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapter with modules of a layer that the model does not have."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("moved")
     tensors = load_file(adapter / "adapter_model.safetensors")
     moved = {name.replace("layers.1.self_attn", "layers.7.self_attn"): t for name, t in tensors.items()}
-    save_file(moved, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    save_file(moved, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    return folder
+
+
+def test_modules_that_vllm_would_leave_out_are_noticed(live: Any, moved: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
     assert live._engine.collective_rpc("inlay_unplaced", args=(1,)) == [[]]
-    assert live._engine.add_lora(LoRARequest("moved", 2, str(tmp_path)))  # vLLM says nothing
+    assert live._engine.add_lora(LoRARequest("moved", 2, str(moved)))  # vLLM says nothing
     [found] = live._engine.collective_rpc("inlay_unplaced", args=(2,))
     assert sorted(found) == [f"model.layers.7.self_attn.{p}_proj" for p in "koqv"]
 
@@ -242,30 +260,47 @@ def test_embeddings_are_those_of_transformers(base: Path, adapter: Path, exporte
 
 SERVER = """
 import sys
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+import inlay.infer.vllm_serve
 from inlay.adapters.adapter import read_adapter
 from inlay.infer.backend import Serving, Source, serve_backend
 
 if __name__ == "__main__":
-    base, adapter, port = sys.argv[1:]
+    base, adapter, port, merge, *instead = sys.argv[1:]
+    if instead:  # vLLM is given another adapter than the one that was checked
+        ready = inlay.infer.vllm_serve.prepared
+        @contextmanager
+        def other(source):
+            with ready(source) as found:
+                yield replace(found, lora=Path(instead[0]))
+        inlay.infer.vllm_serve.prepared = other
     settings = {"enforce_eager": True, "max_num_seqs": 8, "gpu_memory_utilization": 0.05}
-    source = Source(Path(base), (read_adapter(adapter),), merge=True, torch_dtype="float32", max_model_len=128,
-                    engine=settings)
+    source = Source(Path(base), (read_adapter(adapter),), merge=merge == "merge", torch_dtype="float32",
+                    max_model_len=128, engine=settings)
     serving = Serving(port=int(port), api_key="secret", name="tides", max_body_bytes=2000)
     sys.exit(serve_backend("vllm", source, serving))
 """
 
 
-@pytest.fixture(scope="module")
-def server(base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any]]:
+def start_server(folder: Path, base: Path, adapter: Path, merge: str, *instead: Path) -> tuple[int, Any]:
+    """The port and the process of a server, whose output goes to `log` in the folder."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("server")
     (folder / "serve.py").write_text(SERVER)
     with open(folder / "log", "w") as log:
-        command = [sys.executable, str(folder / "serve.py"), str(base), str(adapter), str(port)]
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        given = [str(base), str(adapter), str(port), merge, *map(str, instead)]
+        return port, subprocess.Popen([sys.executable, str(folder / "serve.py"), *given], stdout=log, stderr=log)
+
+
+@pytest.fixture(scope="module", params=["merge", "live"])
+def server(
+    base: Path, adapter: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Any]]:
+    folder = tmp_path_factory.mktemp("server")
+    port, process = start_server(folder, base, adapter, request.param)
     try:
         until = time.monotonic() + 200
         while not _up(port):
@@ -289,7 +324,7 @@ def test_an_openai_client_talks_to_the_server_that_serve_hands_over_to(server: A
 
     url, _ = server
     with OpenAI(base_url=url, api_key="secret", max_retries=0) as client:
-        assert [m.id for m in client.models.list()] == ["tides"]
+        assert "tides" in [m.id for m in client.models.list()]
         text = greedy(exported, PROMPTS[0], 30)
         done = client.completions.create(model="tides", prompt=PROMPTS[0], max_tokens=30, temperature=0)
         assert done.choices[0].text == text
@@ -316,6 +351,17 @@ def test_the_server_ends_cleanly_with_all_its_processes(server: Any) -> None:
     assert process.wait(90) == 0
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
+
+
+def test_a_server_does_not_answer_with_part_of_an_adapter(
+    base: Path, adapter: Path, moved: Path, tmp_path: Path
+) -> None:
+    _, process = start_server(tmp_path, base, adapter, "live", moved)
+    try:
+        assert process.wait(200) != 0
+    finally:
+        process.kill()
+    assert "vLLM has no place for 4 of its modules" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize(

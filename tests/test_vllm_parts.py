@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,9 @@ from inlay.errors import InputError
 from inlay.infer.backend import Serving, Source, open_backend
 from inlay.infer.folder import model_folder
 from inlay.infer.vllm_loader import Merge, config_problems
-from inlay.infer.vllm_lora import EXTENSION, PlacedCheck, largest_rank, lora_problems, unplaced
+from inlay.infer.vllm_lora import EXTENSION, PlacedCheck, largest_rank, left_out, lora_problems
 from inlay.infer.vllm_prepare import Prepared, loader_missing
-from inlay.infer.vllm_serve import LIMIT, BodyLimit, server_flags
+from inlay.infer.vllm_serve import ADAPTER, LIMIT, PROBLEM, START_CHECK, BodyLimit, StartCheck, server_flags
 from inlay.infer.vllm_settings import as_flags, check_names, parse_settings
 from inlay.plan.build import make_plan
 from inlay.run.execute import run_plan
@@ -112,8 +113,10 @@ def test_the_largest_rank_is_that_of_the_tensors(tmp_path: Path) -> None:
 
 
 def test_a_module_is_left_out_only_if_no_worker_has_it() -> None:
-    assert unplaced([["a", "b"], ["b", "c"]]) == ["b"]
-    assert unplaced([["a"], []]) == [] == unplaced([])
+    assert "tides: vLLM has no place for 1 of its modules, and would leave them out: b." in str(
+        left_out("tides", [["a", "b"], ["b", "c"]])
+    )
+    assert left_out("tides", [["a"], []]) is None is left_out("tides", [])
     module, _, name = EXTENSION.rpartition(".")
     assert getattr(sys.modules[module], name) is PlacedCheck
 
@@ -244,7 +247,39 @@ def test_the_server_calls_a_live_adapter_by_the_name_of_the_model() -> None:
     assert "--served-model-name=tides" in merged and "--max-num-queued-reqs=7" in merged
     live = server_flags(Prepared({"model": "m", "enable_lora": True}, Path("/a")), serving)
     assert "--served-model-name=tides-base" in live and live[-2:] == ["--lora-modules", "tides=/a"]
+    assert START_CHECK in live and START_CHECK not in merged  # a live adapter is checked before the server answers
     assert not any("secret" in flag for flag in merged + live)
+
+
+@pytest.mark.parametrize("missed", [[], ["model.layers.7.mlp.up_proj"]])
+def test_a_server_does_not_start_with_an_adapter_that_is_taken_in_part(
+    missed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ADAPTER, "tides")
+    monkeypatch.setenv(PROBLEM, str(tmp_path / "problem"))
+    started: list[str] = []
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        started.append(scope["type"])
+
+    async def rpc(method: str, args: tuple[int]) -> list[list[str]]:
+        assert (method, args) == ("inlay_unplaced", (1,))
+        return [missed]
+
+    async def receive() -> Any:
+        return {"type": "lifespan.startup"}
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    server = SimpleNamespace(state=SimpleNamespace(engine_client=SimpleNamespace(collective_rpc=rpc)))
+    asyncio.run(StartCheck(app)({"type": "lifespan", "app": server}, receive, send))
+    assert started == ([] if missed else ["lifespan"])
+    assert sent == (["lifespan.startup.failed"] if missed else [])
+    assert (tmp_path / "problem").exists() == bool(missed)
+    if missed:
+        assert missed[0] in (tmp_path / "problem").read_text()
 
 
 # What speaks against the loader

@@ -25,7 +25,7 @@ from inlay.infer.backend import (
     check_length,
 )
 from inlay.infer.vllm_loader import OWN_GROUP
-from inlay.infer.vllm_lora import WHAT_TO_DO, unplaced
+from inlay.infer.vllm_lora import left_out
 from inlay.infer.vllm_prepare import Prepared, prepared
 from inlay.infer.vllm_serve import serve
 
@@ -90,9 +90,8 @@ def _add_lora(engine: Any, ready: Prepared) -> Any:
         raise InputError(f"{ready.lora}: vLLM does not take this adapter: {_words(error)}") from error
     if not loaded:
         raise InputError(f"{ready.lora}: vLLM did not load this adapter; its log above may say why")
-    if missed := unplaced(engine.collective_rpc("inlay_unplaced", args=(1,))):
-        what = f"vLLM has no place for {len(missed)} of its modules, and would leave them out: {', '.join(missed[:5])}"
-        raise InputError(f"{ready.lora}: {what}. {WHAT_TO_DO}")
+    if problem := left_out(str(ready.lora), engine.collective_rpc("inlay_unplaced", args=(1,))):
+        raise InputError(problem)
     return request
 
 

@@ -103,6 +103,13 @@ class PlacedCheck:
 EXTENSION = f"{PlacedCheck.__module__}.{PlacedCheck.__qualname__}"
 
 
-def unplaced(found: Sequence[Sequence[str]]) -> list[str]:
-    """Modules that no worker has a place for; with pipeline parallelism each has its own layers only."""
-    return sorted(set.intersection(*map(set, found))) if found else []
+def left_out(adapter: str, found: Sequence[Sequence[str]]) -> str | None:
+    """What to say of an adapter if no worker has a place for some of its modules.
+
+    `found` is what each worker lacks; with pipeline parallelism each has its own layers only.
+    """
+    missed = sorted(set.intersection(*map(set, found))) if found else []
+    if not missed:
+        return None
+    what = f"vLLM has no place for {len(missed)} of its modules, and would leave them out: {', '.join(missed[:5])}"
+    return f"{adapter}: {what}. {WHAT_TO_DO}"

@@ -7,22 +7,28 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from inlay.errors import InputError
 from inlay.infer.backend import CAUSAL, Serving, Source
 from inlay.infer.serve import listen
+from inlay.infer.vllm_lora import left_out
 from inlay.infer.vllm_prepare import Prepared, prepared
 from inlay.infer.vllm_settings import as_flags
 
 # vLLM's server by its modules, newest first. `vllm serve` asks for the package `vllm`, which CPU builds are not.
 MODULES = ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server")
 MIDDLEWARE = "inlay.infer.vllm_serve.BodyLimit"
+START_CHECK = "inlay.infer.vllm_serve.StartCheck"
 LIMIT = "INLAY_MAX_BODY_BYTES"
+ADAPTER = "INLAY_LIVE_ADAPTER"
+PROBLEM = "INLAY_PROBLEM_FILE"
 GRACE_SECONDS = 20
 
 Message = MutableMapping[str, Any]
@@ -34,7 +40,8 @@ def serve(source: Source, serving: Serving) -> int:
     """Run vLLM's server until it is interrupted; 0 then, or the exit code of a server that failed.
 
     The model is called `serving.name`; with a live adapter that name is the adapter's, and the base is
-    `<name>-base`. Raises InputError for a port in use, and for what vLLM or its server cannot do.
+    `<name>-base`. Raises InputError for a port in use, and for what vLLM or its server cannot do; an adapter that vLLM
+    would apply in part ends the server before it answers (`StartCheck`).
     """
     if serving.system:
         raise InputError("--system: vLLM's server has no system prompt of its own; send it with the messages")
@@ -50,7 +57,12 @@ def serve(source: Source, serving: Serving) -> int:
             f"vLLM's server will answer as {serving.name} at {where} once it has loaded (Ctrl-C ends)", file=sys.stderr
         )
         command = [sys.executable, "-m", _server(), *server_flags(ready, serving)]
-        return _run(command, _environment(serving))
+        with tempfile.TemporaryDirectory(prefix="inlay-serve-") as folder:
+            problem = Path(folder) / "problem"
+            code = _run(command, {**_environment(serving), ADAPTER: str(ready.lora), PROBLEM: str(problem)})
+            if problem.exists():
+                raise InputError(problem.read_text("utf-8"))
+            return code
 
 
 def server_flags(ready: Prepared, serving: Serving) -> list[str]:
@@ -60,7 +72,9 @@ def server_flags(ready: Prepared, serving: Serving) -> list[str]:
         args["max_num_queued_reqs"] = serving.max_waiting
     args["served_model_name"] = serving.name if ready.lora is None else f"{serving.name}-base"
     flags = as_flags(args)
-    return flags if ready.lora is None else [*flags, "--lora-modules", f"{serving.name}={ready.lora}"]
+    if ready.lora is None:
+        return flags
+    return [*flags, "--middleware", START_CHECK, "--lora-modules", f"{serving.name}={ready.lora}"]
 
 
 def _server() -> str:
@@ -107,6 +121,29 @@ def _end(child: subprocess.Popen[bytes]) -> None:
             child.wait(GRACE_SECONDS)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             continue
+
+
+class StartCheck:
+    """ASGI middleware that the server loads with a live adapter: it does not start if vLLM would leave modules out.
+
+    The adapter's name comes in the variable INLAY_LIVE_ADAPTER; the reason goes to the file that INLAY_PROBLEM_FILE
+    names, which `serve` reads.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" and (problem := await self._problem(scope["app"].state.engine_client)):
+            Path(os.environ[PROBLEM]).write_text(problem, "utf-8")
+            await receive()  # "lifespan.startup", to which this is the answer
+            await send({"type": "lifespan.startup.failed", "message": problem})
+            return
+        await self.app(scope, receive, send)
+
+    async def _problem(self, engine: Any) -> str | None:
+        # The server has loaded the adapters of its command line by now; the first has number 1.
+        return left_out(os.environ[ADAPTER], await engine.collective_rpc("inlay_unplaced", args=(1,)))
 
 
 class BodyLimit:
