@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import build
 import inlay
 from inlay.errors import InputError
+from inlay.run.blocks import Blocks
 
 
 @pytest.mark.parametrize("torch_dtype", [None, "float16", "float32"])
@@ -27,6 +29,35 @@ def test_merged_tensors_are_the_bytes_that_run_plan_writes(tmp_path: Path, torch
     for key, (_, shape, data) in written.items():
         assert tuple(found[key].shape) == shape
         assert found[key].contiguous().view(torch.uint8).numpy().tobytes() == data, key
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_threads_that_share_a_tensor_make_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: bool
+) -> None:
+    base = build.write_base(tmp_path / "base")
+    adapter = build.write_adapter(tmp_path / "adapter")
+    plan = inlay.make_plan(base, [adapter])
+    alone = dict(inlay.merged_tensors(plan))
+    for name in ("KERNEL_TILE_BYTES", "FLOAT64_TILE_BYTES"):
+        monkeypatch.setattr(f"inlay.plan.memory.{name}", 1)  # blocks of one row
+    monkeypatch.setattr("inlay.run.tensors.threads", lambda: 3)
+    if not kernel:
+        monkeypatch.setattr("inlay.run.tensors.by_kernel", lambda entry: False)
+    workers = set()
+    of = Blocks.of
+
+    def seen(self: Blocks, first: int, last: int, into: Any = None) -> Any:
+        workers.add((self.entry.key, first))
+        return of(self, first, last, into)
+
+    monkeypatch.setattr(Blocks, "of", seen)
+    together = dict(inlay.merged_tensors(plan))
+    changed = [key for key, entry in plan.entries.items() if not entry.copied]
+    assert len(workers) == 3 * len(changed)
+    assert all(torch.equal(together[key], alone[key]) for key in plan.entries)
+    base_values = build.read_arrays(base)
+    assert not any(np.array_equal(together[k].float().numpy(), base_values[k].astype(np.float32)) for k in changed)
 
 
 def test_merged_tensors_yield_the_stored_type(tmp_path: Path) -> None:

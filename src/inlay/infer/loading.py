@@ -14,16 +14,16 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from inlay.checkpoints.spans import SpanReader
 from inlay.errors import InlayError, InputError
 from inlay.extras import needs
 from inlay.infer.backend import CAUSAL
 from inlay.infer.description import last_line, model_class, read_config, read_sidecar
 from inlay.plan.types import Coded, Entry, Plan
-from inlay.run.tensors import merged_tensors
+from inlay.run.tensors import merged_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -51,13 +51,14 @@ def tensors(plan: Plan, finish: Finish | None = None) -> Iterator[dict[str, Any]
     with needs("infer", "loading a model"):
         from safetensors import safe_open
     with ExitStack() as stack:
+        reader = stack.enter_context(SpanReader(plan.roots))
         files: dict[Path, Any] = {}
         found: dict[str, Any] = {}
         for shard in plan.shards:
             for entry in shard.entries:
                 file = None if finish else _copied_from(plan, entry)
                 if file is None:
-                    found[entry.key] = Tensor(_maker(plan, entry, finish))
+                    found[entry.key] = Tensor(_maker(entry, reader, finish))
                     continue
                 if file not in files:
                     files[file] = stack.enter_context(safe_open(file, framework="pt"))
@@ -74,13 +75,12 @@ def _copied_from(plan: Plan, entry: Entry | Coded) -> Path | None:
     return file if file.suffix == ".safetensors" and not entry.touched else None
 
 
-def _maker(plan: Plan, entry: Entry | Coded, finish: Finish | None) -> Callable[[], torch.Tensor]:
+def _maker(entry: Entry | Coded, reader: SpanReader, finish: Finish | None) -> Callable[[], torch.Tensor]:
     if isinstance(entry, Coded):
         raise InputError(f"{entry.key}: a model is loaded in floats, not in codes; leave --keep_quant out")
 
     def make() -> torch.Tensor:
-        alone = replace(plan, shards=(replace(plan.shards[0], entries=(entry,)),))
-        tensor = next(iter(merged_tensors(alone)))[1]
+        tensor = merged_tensor(entry, reader)  # on one thread: transformers asks for several at once
         return finish(entry, tensor) if finish else tensor
 
     return make
@@ -192,8 +192,10 @@ def place(device_map: str | None) -> Any:
             raise InputError(f"--device_map is not JSON: {error}") from None
     try:
         device = torch.device(device_map)
+        known = torch.get_device_module(device)
     except RuntimeError:
         raise InputError(f"--device_map {device_map!r} is not a device; use auto, cpu, cuda:0 or JSON") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device_map {device_map}: this machine has {torch.cuda.device_count()} such devices")
+    count = known.device_count() if known.is_available() else 0
+    if (device.index or 0) >= count:
+        raise InputError(f"--device_map {device_map}: this machine has {count} such devices")
     return {"": device_map}

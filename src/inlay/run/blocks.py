@@ -19,7 +19,7 @@ from inlay.run.merge import Device, Merger
 class Block(NamedTuple):
     """Rows of a tensor from `first` on: stored bits of the source, merged bits, whether all of these are finite.
 
-    The arrays are the thread's own and are overwritten by its next block.
+    The arrays are the thread's own and are overwritten by its next block, unless the caller gave one for the result.
     """
 
     first: int
@@ -48,8 +48,11 @@ class Blocks:
         by_rows = self._by_rows or piece.entry is not self.entry
         return Merger(self._reader, piece.entry, self._tiling.rows, self._device, by_rows=by_rows)
 
-    def of(self, first: int, last: int) -> Iterator[Block]:
-        """Block after block of rows [first, last), none longer than the tiling has them."""
+    def of(self, first: int, last: int, into: Array | None = None) -> Iterator[Block]:
+        """Block after block of rows [first, last), none longer than the tiling has them.
+
+        With `into`, an array of all rows in the type of the output, the merged bits are there and stay there.
+        """
         entry = self.entry
         itemsize = max(entry.source.dtype.bits, entry.dtype.bits) // 8
         raw_buffer, out_buffer = _buffers(self._tiling.rows * self.cols * itemsize)
@@ -61,7 +64,10 @@ class Blocks:
             for at in range(max(first, begin), min(last, end), self._step):
                 stop = min(last, end, at + self._step)
                 raw = merger.read(at - begin, stop - begin, raw_buffer.view(np.dtype(entry.source.dtype.raw)))
-                out = out_buffer.view(np.dtype(entry.dtype.raw))[: raw.size].reshape(raw.shape)
+                if into is None:
+                    out = out_buffer.view(np.dtype(entry.dtype.raw))[: raw.size].reshape(raw.shape)
+                else:
+                    out = into[at:stop]
                 yield Block(at, raw, out, merger.block(at - begin, raw, out))
 
 
