@@ -18,9 +18,10 @@ from chatty import source_of, talking
 from inlay.cli.main import main
 from inlay.datasets.row import make_row
 from inlay.errors import InputError
-from inlay.infer.behaviour import Behaviour, compare, read_rows
-from inlay.infer.distance import Distance, distance
+from inlay.infer.behaviour import compare, read_rows
+from inlay.infer.distance import Distance, distance, together
 from inlay.infer.rounding import neighbour, stochastic
+from inlay.infer.verdict import Behaviour
 from test_experts import legacy
 
 SHARED = Path(__file__).parents[2] / "shared/data"
@@ -82,6 +83,67 @@ def test_a_merge_by_peft_passes(kit: Kit, tmp_path: Path) -> None:
     report = inlay.verify(base, [adapter], tmp_path / "m")
     assert report.ok and not report.exact
     assert check(base, [adapter], tmp_path / "m").ok
+
+
+def test_a_merge_of_another_tool_in_16_bits_is_judged_by_them(kit: Kit, tmp_path: Path) -> None:
+    """Of a float32 base, as the commonest script makes it; its manifest would say the type if it had one."""
+    base, adapter = talking(kit, tmp_path), kit.adapter("qwen2-plain")
+    with third_party():
+        merged = load_peft(MODELS["qwen2"].load(base, "BF16"), adapter).merge_and_unload()
+        merged.save_pretrained(tmp_path / "m")
+        merged.model.layers[0].mlp.up_proj.weight.data *= 1.1
+        merged.save_pretrained(tmp_path / "wrong")
+    assert check(base, [adapter], tmp_path / "m").ok
+    assert not check(base, [adapter], tmp_path / "wrong").alike
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_never_pass(kit: Kit, tmp_path: Path, value: float) -> None:
+    base, adapter = talking(kit, tmp_path), kit.adapter("qwen2-plain")
+    inlay.run_plan(inlay.make_plan(base, [adapter]), tmp_path / "m")
+    for file in (tmp_path / "m").glob("*.safetensors"):
+        tensors = load_file(file)
+        if (key := "model.layers.1.mlp.up_proj.weight") in tensors:
+            tensors[key][:] = value
+            save_file(tensors, file, {"format": "pt"})
+    found = check(base, [adapter], tmp_path / "m")
+    assert not found.ok and "Inf or NaN" in found.reasons[0]
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_nan_in_the_second_of_two_is_nan_in_both() -> None:
+    fine, wild = Distance(1.0, 1.0, 0.0, 1.0, 3), Distance(math.nan, 1.0, 0.0, 1.0, 3)
+    assert math.isnan(together([fine, wild]).largest) and together([fine, fine]) == Distance(1.0, 1.0, 0.0, 1.0, 6)
+    verdict = Behaviour((), fine, Distance(9.0, 9.0, 0.0, 1.0, 3), (fine, wild), "m")
+    assert not verdict.ok and "Inf or NaN" in verdict.reasons[0]
+
+
+def test_a_smaller_vocabulary_is_refused(kit: Kit, tmp_path: Path) -> None:
+    base, adapter = talking(kit, tmp_path), kit.adapter("qwen2-plain")
+    with third_party():
+        model = MODELS["qwen2"].load(base)
+        model.resize_token_embeddings(12)
+        model.save_pretrained(tmp_path / "m")
+    with pytest.raises(InputError, match="a vocabulary of 12 tokens"):
+        check(base, [adapter], tmp_path / "m")
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    ({"prompts": []}, "no prompt"), ({"draws": 0}, "--draws"), ({"new_tokens": 0}, "--new_tokens"),
+])  # fmt: skip
+def test_nothing_to_measure_is_refused(kit: Kit, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        compare(source_of(kit.base("qwen2"), [kit.adapter("qwen2-plain")]), **more)
+
+
+def test_a_base_with_other_weights_than_recorded_is_refused(kit: Kit, tmp_path: Path) -> None:
+    base, adapter = talking(kit, tmp_path), kit.copy_of(kit.adapter("qwen2-plain"), tmp_path / "x")
+    known = inlay.open_checkpoint(base)
+    key = "model.norm.weight"
+    record = {"format": 1, "headers": known.fingerprint, "tensors": {key: "blake3:" + "0" * 64}}
+    (adapter / "inlay_base.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=key.replace(".", r"\.")):
+        check(base, [adapter])
 
 
 def test_a_directory_that_is_the_base_fails_and_is_named(kit: Kit, tmp_path: Path) -> None:
@@ -251,6 +313,8 @@ def test_compare_prints_a_verdict_and_writes_the_figures(
     assert saved["ok"] and len(saved["prompts"]) == 2 and saved["merged"]["rms"] <= saved["tolerance"]["rms"]
     assert main([*words, "--merged", str(base), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["alike"] is False
+    assert main([*words, "--result_path", str(tmp_path / "none/r.json")]) == 2
+    assert "no such folder" in capsys.readouterr().err
     assert main([*words, "--prompts", str(tmp_path / "none.jsonl")]) == 2
     assert "no such file" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -150,6 +151,37 @@ def test_an_entry_in_use_is_not_cleared(base: Path, adapter: Path, root: Path) -
         assert removed == [] and [e.path for e in used] == [path] and is_complete(path)
     removed, used = clear_cache(root)
     assert [e.path for e in removed] == [path] and used == [] and not path.exists()
+
+
+def test_an_entry_that_is_cleared_between_making_and_using_is_made_again(
+    base: Path, adapter: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock that is exchanged for a shared one is let go of for a moment (flock(2))."""
+    real, cleared = fcntl.flock, []
+
+    def flock(fd: int, how: int) -> None:
+        if how == fcntl.LOCK_SH and not cleared:
+            real(fd, fcntl.LOCK_UN)
+            cleared.extend(clear_cache(root)[0])
+        real(fd, how)
+
+    monkeypatch.setattr(cache.fcntl, "flock", flock)
+    with merged_copy(make_plan(base, [adapter]), root) as path:
+        assert [e.path for e in cleared] == [path] and is_complete(path)
+        assert [e.path for e in clear_cache(root)[1]] == [path]
+
+
+def test_an_entry_that_goes_away_while_it_is_listed_is_left_out(
+    base: Path, adapter: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(make_plan(base, [adapter]), root)
+
+    def removed(path: Path) -> bool:
+        shutil.rmtree(path)
+        return False
+
+    monkeypatch.setattr(cache, "is_complete", removed)
+    assert list_cache(root) == []
 
 
 def test_processes_that_want_the_same_entry_make_it_once(base: Path, adapter: Path, root: Path) -> None:

@@ -17,11 +17,13 @@ from cases import MODELS, Kit, edit_json, load_peft, new_peft_model, save_adapte
 from chatty import GREEDY, ask, logits, source_of, talking
 from inlay.cli.inference import engine_words
 from inlay.cli.main import main
+from inlay.datasets.row import make_row
 from inlay.errors import InputError
 from inlay.infer import batch
 from inlay.infer.backend import Reply, Request, Sampling, open_backend
 from inlay.infer.chat import Conversation, prompt_tokens
 from inlay.infer.detokenise import Detokeniser
+from inlay.infer.growing import stop_criterion
 from inlay.infer.loading import load_model
 from inlay.infer.pt import TorchBackend
 from test_experts import legacy
@@ -253,6 +255,17 @@ def test_a_seed_repeats_what_was_drawn_and_another_draws_anew(live: TorchBackend
     assert drawn(1) == drawn(1) != drawn(2)
 
 
+def test_all_tokens_are_drawn_from_unless_it_is_said_otherwise(live: TorchBackend) -> None:
+    """transformers draws from 50 where nothing is said; the endpoint's clients and vLLM take it for all."""
+
+    def top_k(asked: int | None) -> int:
+        return int(live._settings(Sampling(temperature=1.0, top_k=asked), 5, 0).top_k)
+
+    assert (top_k(None), top_k(-1), top_k(7)) == (0, 0, 7)
+    live.model.generation_config.top_k = 20
+    assert (top_k(None), top_k(0), top_k(7)) == (20, 0, 7)
+
+
 def test_top_k_of_one_is_greedy(live: TorchBackend) -> None:
     one = Sampling(max_new_tokens=10, temperature=5.0, top_k=1, seed=3)
     assert live.generate([ask(live, "hello", one)])[0].text == live.generate([ask(live, "hello")])[0].text
@@ -265,6 +278,22 @@ def test_closing_a_stream_ends_the_work(live: TorchBackend) -> None:
     next(stream)
     stream.close()
     assert not any(t.name == "generate" for t in threading.enumerate())
+
+
+def test_an_interrupt_while_the_work_begins_ends_it(live: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    class Interrupted(threading.Thread):
+        def start(self) -> None:
+            super().start()
+            raise KeyboardInterrupt
+
+    before = [t for t in threading.enumerate() if t.name == "generate"]
+    with monkeypatch.context() as patch:
+        patch.setattr("inlay.infer.pt.threading.Thread", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(live.stream(ask(live, "hello", Sampling(max_new_tokens=25, temperature=0))))
+    assert not before and not any(t.name == "generate" for t in threading.enumerate())
 
 
 @pytest.mark.parametrize(("length", "asked", "room"), [(31, 1, 1), (32, None, 0), (30, 3, 0), (22, None, 10)])
@@ -333,6 +362,99 @@ def test_no_piece_holds_half_a_character_or_a_part_of_a_stop_word(text: str, sto
     assert "".join(pieces) == expected
     assert not any("�" in piece for piece in pieces)
     assert detokeniser.stopped == (expected != text)
+
+
+# --- what two ways to the same reply must agree on ---------------------------------------------------
+
+
+def test_a_stop_word_ends_the_count_in_a_batch_too(live: TorchBackend) -> None:
+    """Rows that are done are padded until the last one is; the padding is no part of a reply."""
+    whole = live.generate([ask(live, "hello")])[0].text
+    stopping = Sampling(max_new_tokens=10, temperature=0, stop_words=(whole[1:3],))
+    requests = [ask(live, text, stopping) for text in ("hello", "a", "what is it?")]
+    alone = [live.generate([r])[0] for r in requests]
+    assert live.generate(requests) == alone == [list(live.stream(r))[-1] for r in requests]
+    tokens = greedy_by_hand(live.model, list(requests[0].tokens), 10)
+    texts = [live.tokenizer.decode(tokens[:n], skip_special_tokens=True) for n in range(11)]
+    assert alone[0].completion_tokens == next(n for n, text in enumerate(texts) if whole[1:3] in text)
+    assert max(r.completion_tokens for r in alone) > alone[0].completion_tokens
+
+
+def test_a_penalty_on_repetition_is_none_on_padding(live: TorchBackend) -> None:
+    """Where the padding is the end token a penalty on it would keep a reply from ending."""
+    live.tokenizer.pad_token = live.tokenizer.eos_token
+    penalised = Sampling(max_new_tokens=10, temperature=0, repetition_penalty=9.0)
+    requests = [ask(live, text, penalised) for text in ("what is it? what is it?", "a", "b")]
+    first = greedy_by_hand(live.model, list(requests[1].tokens), 1)[0]
+    live.model.generation_config.eos_token_id = first  # the likeliest token ends the second reply at once
+    live.tokenizer.pad_token_id = first
+    alone = [live.generate([r])[0] for r in requests]
+    assert alone[1].completion_tokens == 1 and live.generate(requests) == alone
+
+
+def test_the_text_is_without_an_end_token_that_has_one(live: TorchBackend) -> None:
+    request = ask(live, "hello")
+    whole = live.generate([request])[0].text
+    live.model.generation_config.eos_token_id = live.tokenizer.convert_tokens_to_ids(whole[3])
+    expected = whole[: whole.index(whole[3])]
+    assert live.generate([request])[0].text == expected
+    *pieces, reply = live.stream(request)
+    assert isinstance(reply, Reply) and "".join(map(str, pieces)) == expected == reply.text
+
+
+def sentencepiece_tokenizer() -> Any:
+    """Words with a mark for the space before them, which decoding leaves out at the beginning of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "▁one", "▁two", "▁three"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_a_stop_word_with_a_space_is_found_in_the_first_token() -> None:
+    tokenizer = sentencepiece_tokenizer()
+    assert tokenizer.decode([2]) == "two"
+    check = stop_criterion(tokenizer, (" two",), 1, ())
+    assert check(torch.tensor([[1, 2], [1, 3]]), None).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    "setting", [{"return_dict_in_generate": True}, {"num_return_sequences": 2}, {"output_scores": True}]
+)
+def test_a_generation_config_with_other_outputs_gives_the_same_reply(
+    live: TorchBackend, setting: dict[str, Any]
+) -> None:
+    request = ask(live, "hello")
+    expected = live.generate([request])
+    for name, value in setting.items():
+        setattr(live.model.generation_config, name, value)
+    assert live.generate([request]) == expected == [list(live.stream(request))[-1]]
+
+
+def test_stop_strings_of_the_generation_config_end_a_reply(live: TorchBackend) -> None:
+    request = ask(live, "hello")
+    whole = live.generate([request])[0].text
+    live.model.generation_config.stop_strings = [whole[2:4]]
+    reply = live.generate([request])[0]
+    assert (reply.text, reply.finish_reason) == (whole[: whole.index(whole[2:4])], "stop")
+
+
+def test_what_transformers_refuses_to_generate_is_an_input_error(live: TorchBackend) -> None:
+    live.model.generation_config.penalty_alpha = 0.5  # contrastive search, which asks for code from the Hub
+    with pytest.raises(InputError, match="cannot generate with these settings"):
+        live.generate([ask(live, "hello", Sampling(temperature=0, top_k=4))])
+
+
+def test_logits_that_are_nan_are_told(live: TorchBackend) -> None:
+    live.model.lm_head.weight.data = torch.full_like(live.model.lm_head.weight, float("nan"))
+    drawn = ask(live, "hello", Sampling(temperature=1.0, max_new_tokens=2))
+    with pytest.raises(InputError, match="Inf or NaN"):
+        live.generate([drawn])
+    with pytest.raises(InputError, match="Inf or NaN"):
+        list(live.stream(drawn))
 
 
 # --- chat -------------------------------------------------------------------------------------------
@@ -407,6 +529,27 @@ def test_several_lines_make_one_question(tokenizer: Any) -> None:
     echo = Echo(tokenizer)
     talk(echo, "multi-line", "one", "two", "#", "single-line", "three")
     assert echo.asked[0] == "[u]one\ntwo\n[a]" and echo.asked[1].endswith("[u]three\n[a]")
+
+
+def test_the_end_of_input_ends_several_lines_too(tokenizer: Any) -> None:
+    echo = Echo(tokenizer)
+    talk(echo, "multi-line", "one", "two")
+    assert echo.asked == ["[u]one\ntwo\n[a]"]
+
+
+def test_beams_can_be_talked_to(live: TorchBackend) -> None:
+    beams = Sampling(max_new_tokens=6, temperature=0, num_beams=2)
+    script = Script("hello")
+    Conversation(live, beams, script).run()
+    expected = live.generate([Request(prompt_tokens(live.tokenizer, "hello", None, True), beams)])[0].text
+    assert script.said.endswith(f"{expected}\n\n") and expected
+
+
+def test_half_a_character_is_told_and_the_conversation_goes_on(live: TorchBackend) -> None:
+    said = talk(live, "a\udcffb", "b")
+    assert r"'\udcff'" in said and said.count("clear forgets") == 1
+    with pytest.raises(InputError, match="no character"):
+        prompt_tokens(live.tokenizer, "\ud83d", None, False)
 
 
 def test_an_interrupt_stops_the_reply_and_not_the_program(tokenizer: Any) -> None:
@@ -515,6 +658,88 @@ def test_a_bad_row_is_named_and_left_out_or_stops(
     assert f"{data}:2" in capsys.readouterr().err and not out.exists()
 
 
+def test_tools_of_a_row_reach_the_template(kit: Kit, tmp_path: Path) -> None:
+    template = "{% for t in tools or [] %}{{ t.name }}:{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    backend = TorchBackend(source_of(talking(kit, tmp_path, template=template)))
+    row = make_row({"messages": [{"role": "user", "content": "go"}], "tools": [{"name": "abc"}]}, "d:1")
+    (asked,) = batch.make_requests(backend, [row], GREEDY, identity="")
+    assert asked.request.tokens == tuple(backend.tokenizer("abc:go", add_special_tokens=False)["input_ids"])
+    with pytest.raises(InputError, match="d:1  tools belong to a chat template"):
+        batch.make_requests(backend, [row], GREEDY, identity="", use_template=False)
+
+
+def test_rows_with_halves_of_characters_are_left_out_and_labels_are_kept(base: Path, tmp_path: Path) -> None:
+    data = dataset(tmp_path / "d.jsonl", [{"prompt": "a\ud83d"}, {"prompt": "b", "completion": "\ud83d"}])
+    out = tmp_path / "r.jsonl"
+    for _ in range(2):
+        assert infer("--model", base, "--val_dataset", data, "--result_path", out, "--max_new_tokens", 2) == 0
+        (found,) = results(out)
+        assert found["line"] == f"{data}:2" and found["labels"] == "\ud83d"
+
+
+def test_another_base_at_the_same_place_is_another_request(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = dataset(tmp_path / "d.jsonl"), tmp_path / "r.jsonl"
+    options = ("--model", base, "--val_dataset", data, "--result_path", out, "--max_new_tokens", 2)
+    assert infer(*options) == 0
+    (base / "generation_config.json").write_text('{"do_sample": true, "temperature": 2.0}')
+    assert infer(*options) == 2 and "another request" in capsys.readouterr().err
+    (base / "generation_config.json").unlink()
+    out.unlink()
+    assert infer(*options) == 0
+    weights = sorted(base.glob("*.safetensors"))[0]
+    save_file({k: t + 1 for k, t in load_file(weights).items()}, weights, {"format": "pt"})
+    assert infer(*options) == 2 and "another request" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["d.jsonl/r.jsonl", ".", "x" * 300, "pipe"])
+def test_a_place_that_cannot_hold_results_is_refused_before_loading(
+    base: Path, tmp_path: Path, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = dataset(tmp_path / "d.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    (base / "tokenizer.json").unlink()  # loading would stumble over it
+    assert infer("--model", base, "--val_dataset", data, "--result_path", tmp_path / where) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_results_are_written_by_one_run_at_a_time(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fcntl
+
+    data, out = dataset(tmp_path / "d.jsonl"), tmp_path / "r.jsonl"
+    with open(out, "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert infer("--model", base, "--val_dataset", data, "--result_path", out) == 2
+    assert "another run is writing" in capsys.readouterr().err and not out.read_bytes()
+
+
+def test_a_full_disk_is_told_and_a_rerun_goes_on(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out, whole = dataset(tmp_path / "d.jsonl"), tmp_path / "r.jsonl", tmp_path / "whole.jsonl"
+    options = ("--model", base, "--val_dataset", data, "--max_new_tokens", 2)
+    assert infer(*options, "--result_path", whole) == 0
+    room = [len(whole.read_bytes()) // 2]
+
+    class Full(batch.FileIO):
+        def write(self, content: Any) -> int:
+            if not room[0]:
+                raise OSError(28, "No space left on device")
+            written = super().write(bytes(content)[: room[0]])
+            room[0] -= written
+            return written
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "FileIO", Full)
+        assert infer(*options, "--result_path", out) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert whole.read_bytes().startswith(out.read_bytes()) and not out.read_bytes().endswith(b"\n")
+    assert infer(*options, "--result_path", out) == 0 and out.read_bytes() == whole.read_bytes()
+
+
 def test_a_sample_is_the_same_each_time(base: Path, tmp_path: Path) -> None:
     data = dataset(tmp_path / "d.jsonl", [{"prompt": "abcdefghij"[i]} for i in range(10)])
     found = []
@@ -602,6 +827,34 @@ def test_embeddings_are_pooled_as_the_checkpoint_says(
         torch.testing.assert_close(torch.tensor(vector), pooled / pooled.norm(), rtol=1e-4, atol=1e-5)
 
 
+def test_what_ends_a_text_is_part_of_what_is_embedded(kit: Kit, tmp_path: Path) -> None:
+    """RoBERTa's `</s>`, and the end that embedding models pool; only a text that is to go on is without it."""
+    from tokenizers import processors
+
+    base = talking(kit, tmp_path, "qwen2")
+    backend = TorchBackend(source_of(base, task="embedding"))
+    backend.tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    (asked,) = batch.make_requests(
+        backend, [make_row({"text": "ab"}, "d:1")], GREEDY, identity="", use_template=False, task="embedding"
+    )
+    whole = tuple(backend.tokenizer("ab")["input_ids"])
+    assert asked.request.tokens == whole and whole[-1] == 1
+    assert prompt_tokens(backend.tokenizer, "ab", None, False, closed=True) == whole
+    assert prompt_tokens(backend.tokenizer, "ab", None, False) == whole[:-1]
+
+
+def test_layers_behind_the_pooling_are_refused(kit: Kit, tmp_path: Path) -> None:
+    base = talking(kit, tmp_path, "bert-headless")
+    steps = [{"type": f"sentence_transformers.models.{kind}"} for kind in ("Transformer", "Pooling", "Normalize")]
+    (base / "modules.json").write_text(json.dumps(steps))
+    assert TorchBackend(source_of(base, task="embedding")).vectors([(4,)])
+    (base / "modules.json").write_text(json.dumps([*steps, {"type": "sentence_transformers.models.Dense"}]))
+    with pytest.raises(InputError, match=r"modules\.json: has Dense"):
+        TorchBackend(source_of(base, task="embedding")).vectors([(4,)])
+
+
 def test_unknown_pooling_is_refused(kit: Kit, tmp_path: Path) -> None:
     base = talking(kit, tmp_path, "bert-headless")
     (base / "1_Pooling").mkdir()
@@ -617,6 +870,12 @@ def test_unknown_pooling_is_refused(kit: Kit, tmp_path: Path) -> None:
     (["--infer_backend", "abacus"], "invalid choice"),
     (["--merge_lora", "true"], "nothing to merge"),
     (["--prompt", "a", "--device_map", "toaster"], "not a device"),
+    (["--prompt", "a", "--device_map", "meta"], "not a device"),
+    (["--prompt", "a", "--device_map", "xpu"], "0 such devices"),
+    (["--prompt", "a", "--max_model_len", "0"], "--max_model_len must be positive"),
+    (["--prompt", "a", "--temperature", "1e-9"], "temperature"),
+    (["--prompt", "a", "--result_path", "r.jsonl"], "belongs to --val_dataset"),
+    (["--prompt", "a\udcff"], "no character"),
     (["--prompt", "a", "--temperature", "-1"], "temperature"),
     (["--prompt", "a", "--max_new_tokens", "99"], "context is 32"),
     (["--prompt", "a", "--max_model_len", "64"], "--max_model_len 64"),

@@ -142,10 +142,43 @@ def test_the_key_is_asked_for(address: str) -> None:
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "only parts of type text"),
     ({"extra_body": {"max_tokens": "ten"}}, "max_tokens"),
     ({"extra_body": {"stop": 3}}, "stop must be"),
+    ({"max_completion_tokens": 0}, "max_new_tokens must be at least 1"),
+    ({"extra_body": {"min_p": 0.1}}, "min_p is not supported"),
+    ({"extra_body": {"stream": "no"}}, "stream must be"),
+    ({"extra_body": {"stream_options": "x"}}, "stream_options must be"),
+    ({"temperature": 1e-30}, "temperature"),
+    ({"extra_body": {"top_k": 10**400}}, "top_k"),
+    ({"tool_choice": "required"}, "tool_choice is not supported"),
+    ({"messages": [{"role": "tool", "tool_call_id": "1", "content": "x"}]}, "messages may be of"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_refused_with_its_name(client: Any, more: dict[str, Any], said: str) -> None:
     with pytest.raises(openai.BadRequestError, match=said):
         client.chat.completions.create(**{"model": "tiny", "messages": ASKED, **more})
+
+
+def test_no_log_probabilities_of_the_token_chosen(client: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match="logprobs is not supported"):
+        client.completions.create(model="tiny", prompt="a", logprobs=0)
+
+
+def test_half_a_character_is_refused(address: str) -> None:
+    content = r'{"prompt": "a\ud83d"}'
+    answer = httpx2.post(f"{address}/completions", content=content, headers={"Authorization": "Bearer secret"})
+    assert answer.status_code == 400 and "no character" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("number", ["Infinity", "NaN", "1" + "0" * 400])
+def test_numbers_that_are_none_are_refused(address: str, number: str) -> None:
+    content = f'{{"prompt": "a", "max_tokens": {number}}}'
+    answer = httpx2.post(f"{address}/completions", content=content, headers={"Authorization": "Bearer secret"})
+    assert answer.status_code == 400 and "max_tokens" in answer.json()["error"]["message"]
+
+
+def test_a_key_may_have_any_letters(backend: TorchBackend) -> None:
+    with running(backend_of(backend), replace(SERVING, api_key="schlüssel")) as url:
+        for header, status in (("Bearer schlüssel", 200), ("bearer schlüssel", 200), ("schlüssel", 401), ("", 401)):
+            given = httpx2.get(f"{url}/models", headers=[(b"Authorization", header.encode())])
+            assert given.status_code == status, header
 
 
 def test_another_model_is_not_found(client: Any) -> None:
@@ -241,6 +274,51 @@ def test_a_client_that_goes_away_stops_its_reply(backend: TorchBackend, stream: 
         for _ in range(3):
             slow.let.release()
         assert httpx2.post(f"{url}/completions", json={"prompt": "a"}).json()["choices"][0]["text"] == "aaa"
+
+
+def test_no_reply_begins_while_one_that_nobody_reads_still_computes(backend: TorchBackend) -> None:
+    class Stubborn(Slow):
+        """Takes its time between two words, and hears of the end only there."""
+
+        def stream(self, request: Request) -> Iterator[str | Reply]:
+            self.running += 1
+            self.most = max(self.most, self.running)
+            try:
+                for _ in range(2):
+                    yield "a"
+                    time.sleep(0.3)
+                yield Reply("aa", len(request.tokens), 2, "stop")
+            finally:
+                self.running -= 1
+
+    slow = Stubborn(backend.tokenizer)
+    with running(slow, replace(SERVING, api_key=None)) as url:
+
+        def hang_up() -> None:
+            body = {"prompt": "a", "stream": True}
+            with httpx2.stream("POST", f"{url}/completions", json=body, timeout=20) as answer:
+                next(answer.iter_lines())
+
+        threads = [threading.Thread(target=hang_up) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert httpx2.post(f"{url}/completions", json={"prompt": "a"}, timeout=20).status_code == 200
+    assert slow.most == 1
+
+
+def test_a_client_that_goes_away_while_it_asks_is_no_error(
+    backend: TorchBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(backend_of(backend), replace(SERVING, api_key=None)) as url:
+        port = int(url.split(":")[2].split("/")[0])
+        with socket.create_connection(("127.0.0.1", port)) as asking:
+            asking.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n{"pro')
+            time.sleep(0.2)
+        time.sleep(0.2)
+        assert httpx2.get(f"{url}/models").status_code == 200
+    assert not [r for r in caplog.records if r.name.startswith("uvicorn") and r.exc_info]
 
 
 def test_a_port_in_use_is_refused_before_loading(capsys: pytest.CaptureFixture[str], kit: Kit, tmp_path: Path) -> None:

@@ -6,13 +6,15 @@ import argparse
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from inlay.cli import inference
 from inlay.cli.text import plural
 from inlay.errors import InputError, OutputError
-from inlay.infer.behaviour import Behaviour, PromptResult, compare, read_rows
+from inlay.infer.behaviour import compare, read_rows
 from inlay.infer.distance import Distance
+from inlay.infer.verdict import Behaviour, PromptResult
 
 WIDTH = 60  # of a prompt or text in the table
 
@@ -25,11 +27,10 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace, merged: Path | None) -> Behaviour:
     """The check that the options ask for; its figures go to `--result_path` too."""
-    for name in ("new_tokens", "draws"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
     if merged is not None and not merged.is_dir():
         raise InputError(f"{merged}: no such directory")
+    if args.result_path and not Path(args.result_path).absolute().parent.is_dir():
+        raise OutputError(f"{args.result_path}: cannot be written: there is no such folder")
     found = compare(
         inference.source(args),
         merged=merged,
@@ -51,6 +52,8 @@ def _write(path: Path, found: Behaviour) -> None:
         beside.write_text(json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n", "utf-8")
         os.replace(beside, path)
     except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
 
 

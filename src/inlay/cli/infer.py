@@ -9,11 +9,11 @@ import sys
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from inlay.checkpoints.checkpoint import open_checkpoint
 from inlay.cli import inference
 from inlay.cli.text import plural
+from inlay.datasets.row import Row
 from inlay.digests import digest_json
 from inlay.errors import InputError
 from inlay.infer import batch
@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = inference.sampling(args)
     _check_request(args)
     source = inference.source(args)
+    path = _result_path(args)
     rows = batch.read_prompts([Path(f) for f in args.val_dataset], _warn(args)) if args.val_dataset else []
     backend = open_backend(args.infer_backend, source)
     try:
@@ -34,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
             for note in backend.notes:
                 print(f"note: {note}", file=sys.stderr)
         if rows:
-            return _dataset(args, backend, source, sampling, rows)
+            assert path is not None
+            return _dataset(args, backend, source, sampling, rows, path)
         if args.prompt is not None:
             return _once(args, backend, sampling)
         with_template = args.use_chat_template is not False
@@ -55,8 +57,18 @@ def _check_request(args: argparse.Namespace) -> None:
         raise InputError(f"--val_dataset_sample must be positive, not {args.val_dataset_sample}")
     if args.task_type != CAUSAL and args.prompt is None and not args.val_dataset:
         raise InputError(f"--task_type {args.task_type} makes no conversation; give --prompt or --val_dataset")
-    if args.num_beams > 1 and args.stream and args.prompt is not None:
-        args.stream = False  # the text is decided on at its end
+    for name in ("result_path", "val_dataset_sample"):
+        if getattr(args, name) is not None and not args.val_dataset:
+            raise InputError(f"--{name} belongs to --val_dataset, which is not given")
+
+
+def _result_path(args: argparse.Namespace) -> Path | None:
+    """Where the results of a dataset go. Raises OutputError before anything is loaded."""
+    if not args.val_dataset:
+        return None
+    path = Path(args.result_path or f"{Path(args.val_dataset[0]).stem}-result.jsonl")
+    batch.check_result(path)
+    return path
 
 
 def _warn(args: argparse.Namespace) -> batch.Warn | None:
@@ -69,30 +81,31 @@ def _uses_template(args: argparse.Namespace) -> bool:
 
 
 def _once(args: argparse.Namespace, backend: Backend, sampling: Sampling) -> int:
-    tokens = prompt_tokens(backend.tokenizer, args.prompt, args.system, _uses_template(args))
-    if args.task_type != CAUSAL:
+    closed = args.task_type != CAUSAL
+    tokens = prompt_tokens(backend.tokenizer, args.prompt, args.system, _uses_template(args), closed=closed)
+    if closed:
         print(json.dumps(backend.vectors([tokens])[0]))
         return 0
     replies: list[Reply] = []
-    said = []
-    for piece in pieces(backend, Request(tokens, sampling), args.stream, replies.append):
-        said.append(piece)
+    stream = args.stream and sampling.num_beams == 1  # beams decide on the text at its end
+    for piece in pieces(backend, Request(tokens, sampling), stream, replies.append):
         if not args.json:
             print(piece, end="", flush=True)
     print(json.dumps(asdict(replies[0]), ensure_ascii=False) if args.json else "")
     return 0
 
 
-def _dataset(args: argparse.Namespace, backend: Backend, source: Source, sampling: Sampling, rows: list[Any]) -> int:
+def _dataset(
+    args: argparse.Namespace, backend: Backend, source: Source, sampling: Sampling, rows: list[Row], path: Path
+) -> int:
     from tqdm import tqdm
 
     if args.val_dataset_sample is not None and args.val_dataset_sample < len(rows):
         seed = SEED if sampling.seed is None else sampling.seed
         rows = random.Random(seed).sample(rows, args.val_dataset_sample)
-    path = Path(args.result_path or f"{Path(args.val_dataset[0]).stem}-result.jsonl")
     asked = batch.make_requests(
         backend, rows, sampling, identity=_identity(args, source), system=args.system,
-        use_template=_uses_template(args), warn=_warn(args),
+        use_template=_uses_template(args), task=args.task_type, warn=_warn(args),
     )  # fmt: skip
     with tqdm(
         total=len(asked), desc="rows", unit="row", file=sys.stderr, disable=args.quiet or not sys.stderr.isatty()
@@ -107,11 +120,21 @@ def _dataset(args: argparse.Namespace, backend: Backend, source: Source, samplin
 
 
 def _identity(args: argparse.Namespace, source: Source) -> str:
-    """Digest of what answers: another base, other adapters or another way to merge them give other results."""
+    """Digest of what answers: another base, other adapters or another way to merge them give other results.
+
+    A base is told by its place, and its files by size and time: reading all of it for each run would cost more.
+    """
     settings = [source.merge, source.torch_dtype, source.weights, source.combine_by, args.infer_backend, args.task_type]
     given = [source.options.given(), source.quant.given()]
-    base = [str(source.model.resolve()), open_checkpoint(source.model).fingerprint]
+    files = [p for p in sorted(source.model.resolve().iterdir()) if p.is_file()]
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files if _answers(p)]
+    base = [str(source.model.resolve()), open_checkpoint(source.model).fingerprint, stats]
     return digest_json([*base, [a.digest for a in source.adapters], settings, given])
+
+
+def _answers(file: Path) -> bool:
+    """Whether answers depend on a file of the base, beside those that make tokens of a prompt, which are told apart."""
+    return file.suffix in (".safetensors", ".bin", ".py") or file.name in ("config.json", "generation_config.json")
 
 
 class _Terminal:

@@ -82,10 +82,7 @@ def _unpacked(key: str, value: Any) -> Any:
         return value
     if not value.strip():
         return []
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise BadRow(f"{key} is neither a list nor JSON ({error})") from None
+    return _parsed(value, f"{key}, a text,")
 
 
 def _of_messages(row: Mapping[str, Any]) -> list[Message]:
@@ -170,7 +167,28 @@ def _tools(row: Mapping[str, Any]) -> tuple[Any, ...]:
     tools = row.get("tools") or []
     if not isinstance(tools, list):
         raise BadRow(f"tools must be a list, found {_kind(tools)}")
-    return tuple(tools)
+    return tuple(_parsed(tool, "a tool") if isinstance(tool, str) else tool for tool in tools)
+
+
+def _parsed(text: str, what: str) -> Any:
+    """JSON inside a string, as several formats keep tools and the arguments of calls."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise BadRow(f"{what} is not JSON ({error})") from None
+
+
+def _calls(given: Any) -> list[Any]:
+    """Tool calls with their arguments as objects: a template writes them as JSON, and would write a text in quotes."""
+    if not isinstance(given, list):
+        raise BadRow(f"tool_calls must be a list, found {_kind(given)}")
+    calls = []
+    for call in given:
+        inner = call.get("function") if isinstance(call, Mapping) else None
+        if isinstance(inner, Mapping) and isinstance(inner.get("arguments"), str):
+            call = {**call, "function": {**inner, "arguments": _parsed(inner["arguments"], "arguments of a call")}}
+        calls.append(call)
+    return calls
 
 
 def _checked(message: Any) -> Message:
@@ -184,7 +202,7 @@ def _checked(message: Any) -> Message:
         content = ""
     checked = _message(role, _as_text(content, role))
     if calls:
-        checked["tool_calls"] = calls
+        checked["tool_calls"] = _calls(calls)
     if message.get("loss") is not None:
         checked["loss"] = bool(message["loss"])
     return checked

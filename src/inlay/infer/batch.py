@@ -9,10 +9,13 @@ rerun would ask the same, and a file that holds lines of another request is refu
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from io import FileIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,9 +47,11 @@ def read_prompts(files: Sequence[Path], warn: Warn | None) -> list[Row]:
     A bad row goes to `warn` with its place, and is left out; without `warn` it is an InputError.
     """
     rows: list[Row] = []
-    for file in files:
+    for position, file in enumerate(files):
         if not file.is_file():
             raise InputError(f"{file}: no such file")
+        if file in files[:position]:
+            raise InputError(f"{file}: is given twice")
         for where, raw in read_records(file):
             try:
                 if isinstance(raw, NotJson):
@@ -68,16 +73,19 @@ def _with_answer(raw: Any) -> Any:
 
 def make_requests(
     backend: Backend, rows: Sequence[Row], sampling: Sampling, *, identity: str, system: str | None = None,
-    use_template: bool = True, warn: Warn | None = None,
+    use_template: bool = True, task: str = CAUSAL, warn: Warn | None = None,
 ) -> list[Asked]:  # fmt: skip
     """What to ask for each row; a prompt that does not fit into the context goes to `warn`, or is an InputError."""
+    closed = task != CAUSAL
     found: list[Asked] = []
     for row in rows:
         try:
             if row.text is not None:
-                tokens = text_tokens(backend.tokenizer, row.text)
+                tokens = text_tokens(backend.tokenizer, row.text, closed=closed)
             else:
-                tokens = prompt_tokens(backend.tokenizer, list(row.prompt), system, use_template)
+                tokens = prompt_tokens(
+                    backend.tokenizer, list(row.prompt), system, use_template, tools=row.tools, closed=closed
+                )
             request = Request(tokens, sampling)
             check_length(request, backend.context)
         except NoTemplate:
@@ -88,6 +96,8 @@ def make_requests(
             warn(f"{row.where}  {error}; left out")
             continue
         found.append(Asked(row, request, digest_json([list(tokens), asdict(sampling), identity])))
+    if not found:
+        raise InputError("the dataset has no row that can be used")
     return found
 
 
@@ -96,19 +106,34 @@ def run(
     progress: Callable[[int], None] = lambda _: None,
 ) -> int:  # fmt: skip
     """Append the results of what `path` does not hold yet; how many were made. Flushed to the disk batch by batch."""
-    done = finished(path, {a.row.where: a.digest for a in asked})
-    progress(len(done))
-    rest = [a for a in asked if a.row.where not in done]
     with _open(path) as file:
+        done = _finished(path, file, {a.row.where: a.digest for a in asked})
+        progress(len(done))
+        rest = [a for a in asked if a.row.where not in done]
         for batch in _batches(rest, batch_size):
-            for one, result in zip(batch, _results(backend, batch, task), strict=True):
-                file.write(
-                    json.dumps({"line": one.row.where, "request": one.digest, **result}, ensure_ascii=False) + "\n"
-                )
-            file.flush()
-            os.fsync(file.fileno())
+            made = zip(batch, _results(backend, batch, task), strict=True)
+            _append(path, file, [{"line": a.row.where, "request": a.digest, **result} for a, result in made])
             progress(len(batch))
     return len(rest)
+
+
+def _append(path: Path, file: FileIO, results: Sequence[dict[str, Any]]) -> None:
+    """Lines on the disk; what is torn where there is no room is cut off by a rerun."""
+    rest = memoryview(b"".join(map(_line, results)))
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}; a rerun goes on from there") from None
+
+
+def _line(result: dict[str, Any]) -> bytes:
+    """A line of JSON in UTF-8; halves of characters, which a label or a path may hold, as escapes."""
+    try:
+        return json.dumps(result, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(result).encode() + b"\n"
 
 
 def _batches(items: Sequence[Asked], size: int) -> Iterator[list[Asked]]:
@@ -135,17 +160,13 @@ def _results(backend: Backend, batch: Sequence[Asked], task: str) -> list[dict[s
     ]
 
 
-def finished(path: Path, wanted: dict[str, str]) -> set[str]:
+def _finished(path: Path, file: FileIO, wanted: dict[str, str]) -> set[str]:
     """Places of the rows that the file has results for; a torn last line, of a run that was killed, is cut off.
 
     Raises InputError for a file that another request has written.
     """
-    if not path.exists():
-        return set()
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise OutputError(f"{path}: {error.strerror}") from None
+    file.seek(0)
+    content = file.readall()
     whole = content[: content.rfind(b"\n") + 1]
     done: set[str] = set()
     for number, line in enumerate(whole.splitlines(), 1):
@@ -163,13 +184,38 @@ def finished(path: Path, wanted: dict[str, str]) -> set[str]:
     if torn := content[len(whole) :]:
         if not torn.startswith(LINE[: len(torn)]):
             raise InputError(f"{path}: ends in what is no result of inlay; give another --result_path")
-        os.truncate(path, len(whole))
+        file.truncate(len(whole))
     return done
 
 
-def _open(path: Path) -> Any:
+def check_result(path: Path) -> None:
+    """Raises OutputError for a place that results cannot be appended to, as far as can be told without writing."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "a", encoding="utf-8")
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        there = next(p for p in path.absolute().parents if p.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise OutputError(f"{path}: cannot be written: {there} is no folder that one can write to") from None
+        return
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise OutputError(f"{path}: cannot be written: it is no ordinary file, and a rerun reads what is there")
+    if not os.access(path, os.R_OK | os.W_OK):
+        raise OutputError(f"{path}: cannot be written: permission denied")
+
+
+def _open(path: Path) -> FileIO:
+    """The file, unbuffered, for appending by one process at a time. Raises OutputError where it cannot be written."""
+    check_result(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = FileIO(path, "a+")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise OutputError(f"{path}: another run is writing to it; give another --result_path") from None
+    return file

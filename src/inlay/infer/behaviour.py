@@ -4,8 +4,7 @@ All models compute in float32, on weights as they are stored, so that the differ
 right merge is what rounding the merged weights makes, and nothing that 16-bit arithmetic would add. How much that is
 depends on the model, and is measured: the exact merge is rounded anew, at random to one of the two neighbours in the
 same type (`rounding`), a few times; each of these draws is a right merge. A merge fails if it is farther from
-base + adapters than `MARGIN` times the farthest draw. The margin is for the draws being few: over the positions of
-all prompts their distances scatter by far less than a factor of two.
+base + adapters than `MARGIN` times the farthest draw (`verdict`).
 
     base ───────────────────┐ adapter effect: larger than the tolerance, or the adapters do nothing
     base + adapters (PEFT) ─┤ reference
@@ -17,10 +16,9 @@ One model is in memory at a time, and beside it the reference's logits: 4 bytes 
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from inlay.datasets.row import Row, make_row
 from inlay.dtypes import DTYPES
 from inlay.errors import InputError
 from inlay.infer import live
-from inlay.infer.backend import Request, Sampling, Source, check_length
+from inlay.infer.backend import Request, Sampling, Source, check_base, check_length
 from inlay.infer.batch import read_prompts
 from inlay.infer.chat import prompt_tokens, text_tokens
 from inlay.infer.description import context_of, read_tokenizer
@@ -40,87 +38,17 @@ from inlay.infer.distance import Distance, distance, together
 from inlay.infer.loading import load_model
 from inlay.infer.pt import end_tokens, make_source_plan
 from inlay.infer.rounding import stochastic
+from inlay.infer.verdict import Behaviour, PromptResult
 from inlay.plan.build import make_plan
 from inlay.plan.combination import Options
 from inlay.plan.quant import Quant
 from inlay.plan.types import Entry, Plan
 from inlay.records.manifest import is_sealed, read_manifest
 
-MARGIN = 2.0
 DRAWS = 3
 NEW_TOKENS = 32
 FLOAT32 = "float32"
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class PromptResult:
-    """One prompt: base + adapters against merged, and against the base; the greedy texts of all three."""
-
-    where: str
-    prompt: str
-    merged: Distance
-    base: Distance
-    text_base: str
-    text_adapters: str
-    text_merged: str
-
-
-@dataclass(frozen=True)
-class Behaviour:
-    """What was found. `draws` are distances of right merges from base + adapters."""
-
-    prompts: tuple[PromptResult, ...]
-    merged: Distance
-    base: Distance
-    draws: tuple[Distance, ...]
-    what: str
-
-    @property
-    def tolerance(self) -> Distance:
-        """The largest distances that pass; agreement is reported and not judged, as ties fall either way."""
-        worst = [max(getattr(d, name) for d in self.draws) for name in ("largest", "rms", "kl")]
-        largest, rms, kl = worst[0] * MARGIN, worst[1] * MARGIN, worst[2] * MARGIN**2
-        return Distance(largest, rms, kl, min(d.agreement for d in self.draws), self.merged.positions)
-
-    @property
-    def alike(self) -> bool:
-        """Merged behaves like base + adapters, up to rounding."""
-        most = self.tolerance
-        return all(getattr(self.merged, name) <= getattr(most, name) for name in ("largest", "rms"))
-
-    @property
-    def acts(self) -> bool:
-        """The adapters change the base by more than rounding does."""
-        return self.base.rms > self.tolerance.rms
-
-    @property
-    def ok(self) -> bool:
-        return self.alike and self.acts
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """Why it fails."""
-        found = []
-        if not self.acts:
-            found.append(
-                "the adapters do nothing: base + adapters is as near to the base as roundings of the weights are"
-            )
-        if not self.alike:
-            share = self.merged.rms / self.base.rms if self.base.rms else math.inf
-            found.append(
-                f"merged does not behave like base + adapters: its logits are {self.merged.rms:.3g} away (rms), "
-                f"{share:.0%} of what the adapters change, and roundings explain {self.tolerance.rms:.3g}"
-                + ("; it behaves like the base" if self.acts and 0.95 < share < 1.05 else "")
-            )
-        return tuple(found)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "ok": self.ok, "alike": self.alike, "acts": self.acts, "reasons": list(self.reasons), "what": self.what,
-            "merged": asdict(self.merged), "base": asdict(self.base), "tolerance": asdict(self.tolerance),
-            "draws": [asdict(d) for d in self.draws], "margin": MARGIN, "prompts": [asdict(p) for p in self.prompts],
-        }  # fmt: skip
 
 
 def read_rows(prompts: Path | None) -> list[Row]:
@@ -151,18 +79,19 @@ def compare(
     None uses a chat template where there is one. Raises InputError where the adapters cannot stay unmerged, or `merged`
     is in codes.
     """
-    if not source.adapters:
-        raise InputError("give --adapters: base + adapters is what merged is compared with")
-    if merged is not None:
-        source = _as_recorded(source, merged)
-    plan = make_source_plan(source, source.adapters)
-    told = make_plan(merged, []) if merged is not None else plan
+    rows = read_rows(None) if prompts is None else prompts
+    _check_request(source, rows, new_tokens, draws)
     if merged is not None and quantisation(open_checkpoint(merged)) is not None:
         raise InputError(
             f"{merged}: holds codes, whose grid is far coarser than roundings; compare the 16-bit merge, and let "
             "`inlay plan` with the same options say how much of the adapters survives in codes"
         )
-    check = _Check(source, plan, read_rows(None) if prompts is None else prompts, new_tokens, use_template, system)
+    if merged is None:
+        plan = told = make_source_plan(source, source.adapters)
+    else:
+        told = make_plan(merged, [])
+        source, plan = _as_stored(_as_recorded(source, merged), told)
+    check = _Check(source, plan, rows, new_tokens, use_template, system)
     say("base + adapters")
     check.unmerged()
     say("base")
@@ -177,6 +106,31 @@ def compare(
         tuple(check.results(found)), together(found), together(check.base), tuple(distances),
         str(merged) if merged else "merged while loading",
     )  # fmt: skip
+
+
+def _check_request(source: Source, rows: Sequence[Row], new_tokens: int, draws: int) -> None:
+    if not source.adapters:
+        raise InputError("give --adapters: base + adapters is what merged is compared with")
+    if not rows:
+        raise InputError("there is no prompt to compare on")
+    for name, value in (("new_tokens", new_tokens), ("draws", draws)):
+        if value < 1:
+            raise InputError(f"--{name} must be positive, not {value}")
+    check_base(source)
+
+
+def _as_stored(source: Source, told: Plan) -> tuple[Source, Plan]:
+    """With the 16-bit type that all of `told` is stored in, where the base has float32 and no type is given; the plan.
+
+    A merge that another tool wrote in 16 bits is rounded to them, and is judged by such roundings.
+    """
+    plan = make_source_plan(source, source.adapters)
+    types = {e.dtype for e in told.entries.values() if e.dtype.mergeable}
+    wide = any(e.dtype.torch == FLOAT32 for e in plan.weights.values() if not e.copied)
+    if source.torch_dtype is None and wide and len(types) == 1 and (only := types.pop()).bits == 16:
+        source = replace(source, torch_dtype=only.torch)
+        plan = make_source_plan(source, source.adapters)
+    return source, plan
 
 
 def _as_recorded(source: Source, merged: Path) -> Source:
@@ -215,7 +169,10 @@ class _Check:
     def _tokens(self, row: Row, use_template: bool, system: str | None) -> tuple[int, ...]:
         if row.text is not None:
             return text_tokens(self.tokenizer, row.text)
-        return prompt_tokens(self.tokenizer, list(row.prompt), system if use_template else None, use_template)
+        tools = row.tools if use_template else ()
+        return prompt_tokens(
+            self.tokenizer, list(row.prompt), system if use_template else None, use_template, tools=tools
+        )
 
     def _load(self, plan: Plan, **more: Any) -> Any:
         s = self.source
@@ -260,7 +217,11 @@ class _Check:
 
     def against(self, plan: Plan) -> list[Distance]:
         """Distances of the model of a plan, and its greedy texts."""
-        return self._measure("merged", self._load(plan))
+        model = self._load(plan)
+        size, wanted = model.get_output_embeddings().weight.shape[0], self.reference[0].shape[-1]
+        if size < wanted:
+            raise InputError(f"{plan.base_name}: has a vocabulary of {size} tokens, base + adapters one of {wanted}")
+        return self._measure("merged", model)
 
     def _measure(self, name: str, model: Any) -> list[Distance]:
         self.texts[name] = self._texts([self._greedy(model, prompt) for prompt in self.prompts])

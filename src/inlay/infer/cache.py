@@ -80,12 +80,16 @@ def merged_copy(
     except OSError as error:
         raise OutputError(f"{folder}: cannot be made: {error.strerror}; choose another with --cache_dir") from None
     path = folder / cache_key(plan, root)
-    with _locked(path, fcntl.LOCK_EX) as fd:
-        if not is_complete(path):
-            _make(plan, path, progress)
-        os.utime(path)
-        fcntl.flock(fd, fcntl.LOCK_SH)
-        yield path
+    while True:
+        with _locked(path, fcntl.LOCK_EX) as fd:
+            if not is_complete(path):
+                _make(plan, path, progress)
+            os.utime(path)
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            # Another process may hold the lock between the one and the other, and clear the entry.
+            if _is_current(fd, _lock_of(path)) and path.is_dir():
+                yield path
+                return
 
 
 def _make(plan: Plan, path: Path, progress: Progress | None) -> None:
@@ -104,7 +108,7 @@ def _make(plan: Plan, path: Path, progress: Progress | None) -> None:
 @contextmanager
 def _locked(path: Path, how: int) -> Iterator[int]:
     """The lock beside a path; raises BlockingIOError with LOCK_NB if another process holds it."""
-    lock = path.with_name(f"{path.name}.lock")
+    lock = _lock_of(path)
     while True:
         fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -114,6 +118,10 @@ def _locked(path: Path, how: int) -> Iterator[int]:
                 return
         finally:
             os.close(fd)
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
 
 
 def _is_current(fd: int, path: Path) -> bool:
@@ -189,8 +197,13 @@ def is_complete(path: Path) -> bool:
 def list_cache(cache_dir: str | os.PathLike[str] | None = None) -> list[CacheEntry]:
     """What the cache has, last used first; interrupted merges are listed as not complete."""
     folder = cache_folder(cache_dir) / "merged"
-    found = [_entry(path) for path in (folder.iterdir() if folder.is_dir() else ()) if _key(path) and path.is_dir()]
-    return sorted(found, key=lambda e: (-e.used, e.key))
+    try:
+        paths = [path for path in folder.iterdir() if _key(path) and path.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {error.strerror}") from None
+    return sorted(filter(None, map(_entry, paths)), key=lambda e: (-e.used, e.key))
 
 
 def _key(path: Path) -> str | None:
@@ -201,7 +214,15 @@ def _key(path: Path) -> str | None:
     return leftover[1] if leftover else None
 
 
-def _entry(path: Path) -> CacheEntry:
+def _entry(path: Path) -> CacheEntry | None:
+    """None for what another process has removed, or published under another name, meanwhile."""
+    try:
+        return _described(path)
+    except FileNotFoundError:
+        return None
+
+
+def _described(path: Path) -> CacheEntry:
     complete = bool(_ENTRY.fullmatch(path.name)) and is_complete(path)
     manifest = (read_manifest(path) or {}) if complete else {}
     nbytes = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
@@ -234,8 +255,12 @@ def clear_cache(
         try:
             with _locked(entry.path.with_name(entry.key), fcntl.LOCK_EX | fcntl.LOCK_NB):
                 shutil.rmtree(entry.path)
-                entry.path.with_name(f"{entry.key}.lock").unlink(missing_ok=True)
+                _lock_of(entry.path.with_name(entry.key)).unlink(missing_ok=True)
             removed.append(entry)
         except BlockingIOError:
             used.append(entry)
+        except FileNotFoundError:  # cleared by another process meanwhile
+            continue
+        except OSError as error:
+            raise OutputError(f"{entry.path}: cannot be removed: {error.strerror}") from None
     return removed, used

@@ -37,33 +37,49 @@ def template_tokens(tokenizer: Any, messages: Sequence[Message], tools: Sequence
         text = tokenizer.apply_chat_template(kept, tokenize=False, add_generation_prompt=True, **more)
     except (jinja2.TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
         raise InputError(f"the chat template of the model cannot be used with these messages: {error}") from error
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return tuple(_encoded(tokenizer, text, special=False))
 
 
-def text_tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """The tokens of plain text, with the special ones that the tokenizer puts around it, save those that end it."""
-    tokens = list(tokenizer(text)["input_ids"])
-    while len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+def _encoded(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    """Raises InputError for half a character, as bytes that are not UTF-8 and cut `\\ud83d` escapes leave behind."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the text is not whole: {text[error.start]!r} at {error.start} is no character") from None
+    found: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
+    return found
+
+
+def text_tokens(tokenizer: Any, text: str, *, closed: bool = False) -> tuple[int, ...]:
+    """The tokens of plain text, with the special ones that the tokenizer puts around it.
+
+    What ends a text is left out, as the text is to go on, unless it is `closed`: to be embedded or classified.
+    """
+    tokens = _encoded(tokenizer, text, special=True)
+    while not closed and tokens[1:] and tokens[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
         tokens.pop()
     return tuple(tokens)
 
 
 def prompt_tokens(
-    tokenizer: Any, prompt: str | Sequence[Message], system: str | None, use_template: bool
-) -> tuple[int, ...]:
+    tokenizer: Any, prompt: str | Sequence[Message], system: str | None, use_template: bool, *,
+    tools: Sequence[Any] = (), closed: bool = False,
+) -> tuple[int, ...]:  # fmt: skip
     """The tokens of a prompt: a text, or messages. `system` comes first where the messages bring none of their own.
 
-    Without the template the contents of the messages are put on lines, one after another.
+    Without the template the contents of the messages are put on lines, one after another; `tools` need one.
     """
     if not use_template:
         if system is not None:
             raise InputError("--system belongs to a chat template; leave it out with --use_chat_template false")
+        if tools:
+            raise InputError("tools belong to a chat template, which --use_chat_template false leaves out")
         text = prompt if isinstance(prompt, str) else "\n".join(str(m["content"]) for m in prompt)
-        return text_tokens(tokenizer, text)
+        return text_tokens(tokenizer, text, closed=closed)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system is not None and not (messages and messages[0]["role"] == "system"):
         messages = [{"role": "system", "content": system}, *messages]
-    return template_tokens(tokenizer, messages)
+    return template_tokens(tokenizer, messages, tools)
 
 
 class Terminal(Protocol):
@@ -75,14 +91,17 @@ class Terminal(Protocol):
 
 
 class Conversation:
-    """Questions from a terminal, and answers with all that was said before."""
+    """Questions from a terminal, and answers with all that was said before.
+
+    With `stream` a reply is printed as it comes; beams, which decide on the text at its end, are printed then.
+    """
 
     def __init__(
         self, backend: Backend, sampling: Sampling, terminal: Terminal, *, system: str | None = None,
         use_template: bool = True, stream: bool = True,
     ) -> None:  # fmt: skip
         self.backend, self.sampling, self.terminal = backend, sampling, terminal
-        self.system, self.use_template, self.stream = system, use_template, stream
+        self.system, self.use_template, self.stream = system, use_template, stream and sampling.num_beams == 1
         self.messages: list[Message] = []
         self.multi_line = False
 
@@ -110,7 +129,10 @@ class Conversation:
             return self.terminal.read("> ")
         lines = [self.terminal.read(f"[end with {END_OF_LINES}] > ")]
         while lines[-1].rstrip() != END_OF_LINES and not self._is_command(lines):
-            lines.append(self.terminal.read(""))
+            try:
+                lines.append(self.terminal.read(""))
+            except EOFError:  # what stands there is asked; the next question finds the end again
+                break
         return "\n".join(lines[:-1] if lines[-1].rstrip() == END_OF_LINES else lines)
 
     @staticmethod

@@ -26,12 +26,26 @@ def last_line(error: Exception) -> str:
 
 
 def read_sidecar(plan: Plan, file: str) -> dict[str, Any] | None:
-    """A JSON file of the result as the plan has it; None where it has none."""
+    """An object in a JSON file of the result as the plan has it; None where it has none."""
+    value = _read_json(plan, file)
+    return value if isinstance(value, dict) else None
+
+
+def read_sidecar_list(plan: Plan, file: str) -> list[Any] | None:
+    """The same for a list."""
+    value = _read_json(plan, file)
+    return value if isinstance(value, list) else None
+
+
+def _read_json(plan: Plan, file: str) -> Any:
+    """Raises InputError for a file that is not JSON."""
     for sidecar in plan.sidecars:
         if sidecar.file == file:
-            text = (plan.roots[sidecar.root] / sidecar.source).read_text("utf-8-sig")
-            value = json.loads(edit_json(text, sidecar.edits, sidecar.removed))
-            return value if isinstance(value, dict) else None
+            path = plan.roots[sidecar.root] / sidecar.source
+            try:
+                return json.loads(edit_json(path.read_text("utf-8-sig"), sidecar.edits, sidecar.removed))
+            except (OSError, ValueError) as error:
+                raise InputError(f"{path}: cannot be read as JSON ({last_line(error)})") from None
     return None
 
 
@@ -124,6 +138,8 @@ def read_tokenizer(plan: Plan, trust_remote_code: bool = False) -> Any:
 
 def context_of(config: Any, lower: int | None = None) -> int | None:
     """Tokens that a model takes, by its config, or `lower` where that is less. Raises InputError where it is more."""
+    if lower is not None and lower < 1:
+        raise InputError(f"--max_model_len must be positive, not {lower}")
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = getattr(text, "max_position_embeddings", None)
     own = int(found) if isinstance(found, int) and found > 0 else None

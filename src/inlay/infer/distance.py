@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -21,6 +21,14 @@ class Distance:
     kl: float
     agreement: float
     positions: int
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.rms) and math.isfinite(self.largest)
+
+    def to_json(self) -> dict[str, float | None]:
+        """Inf and NaN, which JSON has not, as null."""
+        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
 
 
 def distance(reference: Any, other: Any) -> Distance:
@@ -40,12 +48,17 @@ def distance(reference: Any, other: Any) -> Distance:
 
 
 def together(parts: Sequence[Distance]) -> Distance:
-    """Over all positions of several prompts."""
+    """Over all positions of several prompts, at least one. NaN in any of them is NaN in the whole."""
     count = sum(p.positions for p in parts)
     return Distance(
-        max(p.largest for p in parts),
+        largest_of([p.largest for p in parts]),
         math.sqrt(sum(p.rms**2 * p.positions for p in parts) / count),
         sum(p.kl * p.positions for p in parts) / count,
         sum(p.agreement * p.positions for p in parts) / count,
         count,
     )
+
+
+def largest_of(values: Sequence[float]) -> float:
+    """The maximum; NaN if one is NaN, which `max` would find only in the first place."""
+    return math.nan if any(map(math.isnan, values)) else max(values)

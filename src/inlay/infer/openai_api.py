@@ -15,13 +15,24 @@ from typing import Any
 from inlay.errors import InputError
 from inlay.infer.backend import Reply, Sampling
 
-# Fields that ask for what is not done, and the values with which they ask for nothing.
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1), "best_of": (None, 1), "logprobs": (None, False, 0), "top_logprobs": (None, 0), "tools": (None, []),
-    "functions": (None, []), "response_format": (None, {"type": "text"}), "logit_bias": (None, {}),
-    "presence_penalty": (None, 0), "frequency_penalty": (None, 0), "suffix": (None, ""), "echo": (None, False),
-    "audio": (None,), "prediction": (None,),
+READ = {
+    "model", "messages", "prompt", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature",
+    "top_p", "top_k", "repetition_penalty", "stop", "seed",
 }  # fmt: skip
+# Fields for OpenAI's own books, which no answer depends on.
+PASSED_OVER = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "parallel_tool_calls",
+}  # fmt: skip
+# Fields that ask for what is not done, and the values with which they ask for nothing. Null does so in all.
+NOTHING: dict[str, tuple[Any, ...]] = {
+    "n": (1,), "best_of": (1,), "logprobs": (False,), "top_logprobs": (0,), "tools": ([],), "functions": ([],),
+    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
+    "modalities": (["text"],), "logit_bias": ({},), "presence_penalty": (0, 0.0), "frequency_penalty": (0, 0.0),
+    "suffix": ("",), "echo": (False,),
+}  # fmt: skip
+ROLES = ("system", "developer", "user", "assistant")
+MAX_NUMBER = 1 << 64  # beyond it no field has a meaning
 
 
 class Refused(Exception):
@@ -36,6 +47,11 @@ def shutting_down() -> Refused:
     return Refused(503, "the server is shutting down", "server_error")
 
 
+def gone() -> Refused:
+    """For a client that closed the connection: nobody reads it."""
+    return Refused(499, "the client has gone")
+
+
 def error_object(error: Refused) -> dict[str, Any]:
     return {"message": error.message, "type": error.kind, "param": None, "code": None}
 
@@ -45,9 +61,15 @@ def check_fields(body: Mapping[str, Any], model: str) -> None:
     asked = body.get("model")
     if asked not in (None, "", model):
         raise Refused(404, f"there is no model {asked!r} here, only {model!r}", "not_found_error")
-    for field, nothing in REFUSED.items():
-        if body.get(field) not in nothing:
+    for field in sorted(body.keys() - READ - PASSED_OVER):
+        value = body[field]
+        # 0 is not False here: the one asks for log probabilities of the token chosen, the other for none.
+        if value is not None and not any(type(value) is type(n) and value == n for n in NOTHING.get(field, ())):
             raise Refused(400, f"{field} is not supported")
+    if not isinstance(body.get("stream"), bool | None):
+        raise Refused(400, "stream must be true or false")
+    if not isinstance(body.get("stream_options"), dict | None):
+        raise Refused(400, "stream_options must be an object")
 
 
 class Form(ABC):
@@ -139,6 +161,10 @@ def messages_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     for message in given:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise Refused(400, "a message must be an object with role and content")
+        if message["role"] not in ROLES or message.get("tool_calls") or message.get("function_call"):
+            raise Refused(
+                400, f"messages may be of {', '.join(ROLES)}, without tool calls; not {message['role']!r:.40}"
+            )
         content = message.get("content")
         if isinstance(content, list):
             parts = [p for p in content if isinstance(p, dict) and p.get("type") == "text"]
@@ -157,8 +183,9 @@ def sampling_of(body: Mapping[str, Any]) -> Sampling:
     words = [stop] if isinstance(stop, str) else stop
     if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
         raise Refused(400, "stop must be a text or a list of texts")
+    newer = body.get("max_completion_tokens")
     return Sampling(
-        max_new_tokens=_number(body, "max_completion_tokens", int) or _number(body, "max_tokens", int),
+        max_new_tokens=_number(body, "max_tokens" if newer is None else "max_completion_tokens", int),
         temperature=_number(body, "temperature", float),
         top_p=_number(body, "top_p", float),
         top_k=_number(body, "top_k", int),
@@ -172,6 +199,7 @@ def _number(body: Mapping[str, Any], name: str, kind: type) -> Any:
     value = body.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_NUMBER  # not NaN
+    if not number or (kind is int and value != int(value)):
         raise Refused(400, f"{name} must be a number{' without a fraction' if kind is int else ''}, not {value!r:.40}")
     return kind(value)

@@ -11,16 +11,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from inlay.errors import InputError
-from inlay.infer.description import read_sidecar
+from inlay.infer.description import read_sidecar, read_sidecar_list
 from inlay.plan.types import Plan
 
 FILE = "1_Pooling/config.json"
 CLS, MEAN, LAST = "cls", "mean", "last"
+STEPS = "modules.json"
+KNOWN_STEPS = ("Transformer", "Pooling", "Normalize")
 MODES = {"pooling_mode_cls_token": CLS, "pooling_mode_mean_tokens": MEAN, "pooling_mode_lasttoken": LAST}
 
 
 def pooling_of(plan: Plan, config: Any) -> str:
-    """CLS, MEAN or LAST. Raises InputError for a pooling that is none of these."""
+    """CLS, MEAN or LAST. Raises InputError for a pooling that is none of these, or for what else follows the model."""
+    _check_steps(plan)
     said = read_sidecar(plan, FILE)
     if said is None:
         named = str((config.architectures or [""])[0])
@@ -31,6 +34,14 @@ def pooling_of(plan: Plan, config: Any) -> str:
     if said.get("pooling_mode") in MODES.values():
         return str(said["pooling_mode"])
     raise InputError(f"{FILE}: pools by {', '.join(asked) or 'nothing known'}; supported are {', '.join(MODES)}")
+
+
+def _check_steps(plan: Plan) -> None:
+    """sentence-transformers' list of what a text goes through: layers behind the pooling would be left out here."""
+    steps = read_sidecar_list(plan, STEPS) or []
+    kinds = [str(step.get("type", "")).rpartition(".")[2] for step in steps if isinstance(step, dict)]
+    if other := [kind for kind in kinds if kind not in KNOWN_STEPS]:
+        raise InputError(f"{STEPS}: has {', '.join(other)}, which is not supported; known are {', '.join(KNOWN_STEPS)}")
 
 
 def vectors(model: Any, prompts: Sequence[tuple[int, ...]], how: str | None, pad: int | None) -> list[list[float]]:

@@ -7,6 +7,7 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,6 @@ from inlay.infer.backend import (
     CAUSAL,
     EMBEDDING,
     LENGTH,
-    STOP,
     Reply,
     Request,
     Sampling,
@@ -29,8 +29,8 @@ from inlay.infer.backend import (
     Source,
     check_length,
 )
-from inlay.infer.description import context_of, read_tokenizer
-from inlay.infer.detokenise import Detokeniser
+from inlay.infer.description import context_of, last_line, read_tokenizer
+from inlay.infer.growing import GrowingReply, stop_criterion
 from inlay.infer.loading import load_model
 from inlay.infer.pooling import pooling_of, vectors
 from inlay.plan.build import make_plan
@@ -116,34 +116,45 @@ class TorchBackend:
 
     def generate(self, requests: Sequence[Request]) -> list[Reply]:
         """Replies in the order of the requests; those with equal settings and lengths to come run together."""
-        together: defaultdict[tuple[Sampling, int], list[int]] = defaultdict(list)
+        self._check_task()
+        together: defaultdict[tuple[Sampling, int, int], list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
-            together[request.sampling, check_length(request, self.context)].append(i)
+            # A penalty on repetition is one on padding too, which may be the token that ends a reply.
+            width = len(request.tokens) if self._penalty(request.sampling) != 1 else 0
+            together[request.sampling, check_length(request, self.context), width].append(i)
         replies: dict[int, Reply] = {}
-        for (sampling, room), members in together.items():
+        for (sampling, room, _), members in together.items():
             prompts = [requests[i].tokens for i in members]
             rows = self._run(prompts, sampling, room, threading.Event())
             for i, row in zip(members, rows, strict=True):
-                replies[i] = self._reply(row, requests[i])
+                growing = self._growing(requests[i])
+                growing.add(row)
+                growing.finish()
+                replies[i] = growing.reply(LENGTH)
         return [replies[i] for i in range(len(requests))]
 
-    def _reply(self, row: list[int], request: Request) -> Reply:
-        row, ended = self._cut(row)
-        text = Detokeniser(self.tokenizer, request.tokens, request.sampling.stop_words)
-        said = text.add(row) + text.finish()
-        return Reply(said, len(request.tokens), len(row), STOP if ended or text.stopped else LENGTH)
+    def _check_task(self) -> None:
+        if self.source.task != CAUSAL:
+            raise InputError(f"a model for {self.source.task} makes no text; leave --task_type out")
 
-    def _cut(self, row: list[int]) -> tuple[list[int], bool]:
-        """Tokens up to the first that ends a sequence, which padding may follow; whether there is one."""
-        ends = self._ends()
-        at = next((i for i, token in enumerate(row) if token in ends), None)
-        return (row, False) if at is None else (row[: at + 1], True)
+    def _penalty(self, sampling: Sampling) -> float:
+        own = self.model.generation_config.repetition_penalty
+        return sampling.repetition_penalty if sampling.repetition_penalty is not None else own or 1.0
+
+    def _growing(self, request: Request) -> GrowingReply:
+        return GrowingReply(self.tokenizer, request, self._ends(), self._words(request.sampling))
+
+    def _words(self, sampling: Sampling) -> tuple[str, ...]:
+        """Stop words, with those of the model's own generation config."""
+        own = self.model.generation_config.stop_strings or ()
+        return (*sampling.stop_words, *((own,) if isinstance(own, str) else own))
 
     def _ends(self) -> set[int]:
         return end_tokens(self.model, self.tokenizer)
 
     def stream(self, request: Request) -> Iterator[str | Reply]:
         """Pieces of text, then the reply; closing the iterator ends the work at the next token."""
+        self._check_task()
         if request.sampling.num_beams > 1:
             raise InputError("--num_beams above 1 decides on the text at its end, so it cannot be streamed")
         room = check_length(request, self.context)
@@ -158,32 +169,26 @@ class TorchBackend:
                 arrived.put(error)
 
         worker = threading.Thread(target=work, name="generate", daemon=True)
-        worker.start()
         try:
+            worker.start()  # waits for the thread, where an interrupt may come
             yield from self._pieces(request, arrived)
         finally:
             stop.set()
-            worker.join()
+            with suppress(RuntimeError):  # an interrupt came before the thread had begun
+                worker.join()
 
     def _pieces(
         self, request: Request, arrived: queue.SimpleQueue[list[int] | Exception | None]
     ) -> Iterator[str | Reply]:
-        text = Detokeniser(self.tokenizer, request.tokens, request.sampling.stop_words)
-        tokens: list[int] = []
-        said: list[str] = []
-        while (item := arrived.get()) is not None and not text.stopped:
+        growing = self._growing(request)
+        while (item := arrived.get()) is not None and not growing.done:
             if isinstance(item, Exception):
                 raise item
-            tokens += item
-            if piece := text.add(item):
-                said.append(piece)
+            if piece := growing.add(item):
                 yield piece
-        if piece := text.finish():
-            said.append(piece)
+        if piece := growing.finish():
             yield piece
-        ended = self._cut(tokens)[1] or text.stopped
-        reason = STOP if ended else CANCELLED if self._cancel.is_set() else LENGTH
-        yield Reply("".join(said), len(request.tokens), len(tokens), reason)
+        yield growing.reply(CANCELLED if self._cancel.is_set() else LENGTH)
 
     def _run(
         self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, room: int, stop: threading.Event,
@@ -192,8 +197,6 @@ class TorchBackend:
         """New tokens of each prompt, all of one length; each is put into `arrived` when it is there."""
         import torch
 
-        if self.source.task != CAUSAL:
-            raise InputError(f"a model for {self.source.task} makes no text; leave --task_type out")
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         width = max(map(len, prompts))
@@ -201,12 +204,13 @@ class TorchBackend:
         ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         device = self.model.get_input_embeddings().weight.device
-        criteria = [_stop_criterion(self.tokenizer, sampling.stop_words, width, (stop, self._cancel))]
-        with torch.inference_mode():
+        criteria = [stop_criterion(self.tokenizer, self._words(sampling), width, (stop, self._cancel))]
+        with torch.inference_mode(), _settings_errors():
             made = self.model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device),
                 streamer=None if arrived is None else _Tokens(arrived),
                 generation_config=self._settings(sampling, room, pad), stopping_criteria=criteria,
+                tokenizer=self.tokenizer,  # for stop strings of the model's own config
             )  # fmt: skip
         rows: list[list[int]] = made[:, width:].tolist()
         return rows
@@ -222,6 +226,8 @@ class TorchBackend:
         config.pad_token_id = pad
         config.eos_token_id = sorted(self._ends()) or None
         config.num_beams = sampling.num_beams
+        # One reply as plain tokens, whatever the model's own config asks for.
+        config.num_return_sequences, config.return_dict_in_generate = 1, False
         if sampling.temperature is not None:
             config.do_sample = sampling.temperature > 0
         elif sampling.top_p is not None or (sampling.top_k or 0) > 0:
@@ -230,8 +236,8 @@ class TorchBackend:
             config.temperature = sampling.temperature or config.temperature or 1.0
             if sampling.top_p is not None:
                 config.top_p = sampling.top_p
-            if sampling.top_k is not None:
-                config.top_k = max(sampling.top_k, 0)
+            # 0 is all tokens. transformers would take 50 where nothing is said, which other engines do not.
+            config.top_k = max((config.top_k if sampling.top_k is None else sampling.top_k) or 0, 0)
         else:
             config.temperature = config.top_p = config.top_k = None
         if sampling.repetition_penalty is not None:
@@ -265,22 +271,17 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     return {t for t in (*found, tokenizer.eos_token_id) if t is not None}
 
 
-def _stop_criterion(tokenizer: Any, words: Sequence[str], width: int, signals: Sequence[threading.Event]) -> Any:
-    """Ends a row whose last characters hold a stop word, and every row once a signal is set."""
-    import torch
-
-    longest = max(map(len, words), default=0)
-
-    def check(input_ids: Any, scores: Any, **_: Any) -> Any:  # noqa: ARG001  # scores are of transformers' protocol
-        done = [any(signal.is_set() for signal in signals)] * len(input_ids)
-        if words and not done[0]:
-            # A character takes up to four tokens of single bytes; one token more, for a word that begins inside one.
-            tails = input_ids[:, max(width, input_ids.shape[1] - 4 * longest - 1) :]
-            texts = [tokenizer.decode(t, skip_special_tokens=True, clean_up_tokenization_spaces=False) for t in tails]
-            done = [any(word in text for word in words) for text in texts]
-        return torch.tensor(done, device=input_ids.device)
-
-    return check
+@contextmanager
+def _settings_errors() -> Iterator[None]:
+    """What generate of transformers refuses, and logits that nothing can be drawn from, as InputError."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"transformers cannot generate with these settings: {last_line(error)}") from error
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise InputError("the model's logits are Inf or NaN; try another --torch_dtype") from error
 
 
 class _Tokens:

@@ -31,6 +31,7 @@ from inlay.infer.openai_api import (
     Refused,
     check_fields,
     error_object,
+    gone,
     messages_of,
     sampling_of,
     shutting_down,
@@ -161,18 +162,25 @@ class _Endpoint:
 
     def _authorise(self, http: Any) -> None:
         key = self.serving.api_key
-        given = http.headers.get("authorization", "").removeprefix("Bearer ")
-        if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
+        scheme, _, given = http.headers.get("authorization", "").partition(" ")
+        # Headers come decoded as Latin-1, byte by byte.
+        right = key is not None and hmac.compare_digest(given.strip().encode("latin-1"), key.encode())
+        if key is not None and not (right and scheme.lower() == "bearer"):
             raise Refused(401, "the API key is missing or wrong: Authorization: Bearer KEY", "authentication_error")
 
     async def _body(self, http: Any) -> dict[str, Any]:
         """The JSON object of a request, of at most so many bytes."""
+        from starlette.requests import ClientDisconnect
+
         self._authorise(http)
         limit, content = self.serving.max_body_bytes, bytearray()
-        async for chunk in http.stream():
-            content += chunk
-            if len(content) > limit:
-                raise Refused(413, f"the request is larger than {limit} bytes")
+        try:
+            async for chunk in http.stream():
+                content += chunk
+                if len(content) > limit:
+                    raise Refused(413, f"the request is larger than {limit} bytes")
+        except ClientDisconnect:
+            raise gone() from None
         try:
             body = json.loads(bytes(content))
         except (ValueError, RecursionError) as error:
@@ -203,7 +211,10 @@ class _Endpoint:
         return JSONResponse(form.whole(event))
 
     async def _events(self, request: Request) -> AsyncGenerator[str | Reply]:
-        """What the backend's `stream` yields, made in a thread, one request after another."""
+        """What the backend's `stream` yields, made in a thread, one request after another.
+
+        The turn is given back by the thread when it has ended, not here: who is cancelled cannot wait for that.
+        """
         if self.waiting >= self.serving.max_waiting:
             raise Refused(429, f"{self.waiting} requests are waiting already; try again later", "rate_limit_error")
         self.waiting += 1
@@ -230,9 +241,10 @@ class _Endpoint:
             finally:
                 getattr(stream, "close", lambda: None)()
                 put(None)
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(self.turn.release)
 
-        worker = threading.Thread(target=work, name="reply", daemon=True)
-        worker.start()
+        threading.Thread(target=work, name="reply", daemon=True).start()
         try:
             while (event := await arrived.get()) is not None:
                 if isinstance(event, Exception):
@@ -240,25 +252,20 @@ class _Endpoint:
                 yield event
         finally:
             stop.set()
-            try:
-                while worker.is_alive():  # no other reply begins while this one still computes
-                    await asyncio.sleep(0.01)
-            finally:
-                self.turn.release()
 
 
 async def _unless_gone(http: Any, event: Awaitable[str | Reply]) -> str | Reply:
     """The event, unless the client closes the connection first. Raises Refused then, which nobody reads."""
-    task, gone = asyncio.ensure_future(event), asyncio.ensure_future(_gone(http))
+    task, end = asyncio.ensure_future(event), asyncio.ensure_future(_gone(http))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, end}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Refused(499, "the client has gone")
+            raise gone()
         return task.result()
     finally:
         task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        end.cancel()
+        await asyncio.gather(task, end, return_exceptions=True)
 
 
 async def _gone(http: Any) -> None:
