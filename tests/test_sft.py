@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ import build
 from cases import MODELS, Kit, third_party
 from inlay.datasets.row import make_row
 from inlay.errors import InputError
-from inlay.train.examples import UNLABELLED, Encoder, Example, collate, pack, split
+from inlay.train.examples import UNLABELLED, Encoder, Example, collate, split
+from inlay.train.packing import check_packing, pack
 from trainable import FAST, LETTERS, ROWS, SPECIAL, add_tokenizer, copy_base, inlay, log, train, write_rows
 
 pytest.importorskip("accelerate")
@@ -277,26 +276,6 @@ def test_ctrl_c_saves_and_the_run_can_be_gone_on_with(
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_two_processes_learn_what_one_learns(base: Path, tmp_path: Path) -> None:
-    """Two processes of two rows make the same steps as one of four; sums in another order differ in the last bits."""
-    one = train(base, tmp_path, "--lora_dropout 0", steps=2)
-    data = tmp_path / "data.jsonl"
-    command = (
-        f"sft --model {base} --dataset {data} --output_dir {tmp_path / 'two'} --max_steps 2 {FAST} --lora_dropout 0 "
-        "--per_device_train_batch_size 2"
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "inlay", *command.split()],
-        env={**os.environ, "NPROC_PER_NODE": "2"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    two = Path(done.stdout.strip())
-    assert len(list((tmp_path / "two").iterdir())) == 1, "each process made a run of its own"
-    for a, b in zip(log(one.parent), log(two.parent), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-    exported(two, tmp_path / "out")
-
-
 # --- what is refused ----------------------------------------------------------------------------------
 
 BAD: dict[str, tuple[str, str]] = {
@@ -318,6 +297,14 @@ BAD: dict[str, tuple[str, str]] = {
     "half precision": ("--torch_dtype float16", "cannot be trained on the processor"),
     "no chat template there": ("--chat_template nowhere.jinja", "no such file"),
     "self-cognition of nobody": ("--dataset self-cognition", "give --model_name and --model_author"),
+    "a reporter that is not there": ("--report_to nowhere", "nowhere is not supported"),
+    "a beta of Adam above 1": ("--adam_beta2 1.5", "--adam_beta2 1.5: must be at least 0 and below 1"),
+    "a seed below 0": ("--data_seed -1", "--data_seed -1: must be at least 0 and below 2^32"),
+    "a number of workers below 0": ("--dataloader_num_workers -1", "must not be negative"),
+    "epochs without end": ("--num_train_epochs inf", "--num_train_epochs inf: must be a number"),
+    "an alpha without end": ("--lora_alpha inf", "--lora_alpha inf: must be a number"),
+    "targets named twice": ("--target_modules q_proj --target_regex .*k_proj", "give one of them"),
+    "more directions than there are": ("--init_weights pissa --lora_rank 17", "can take at most 16 directions"),
     "resume from nothing": ("--resume_from_checkpoint nowhere", "no such folder"),
 }
 
@@ -356,7 +343,8 @@ def test_all_problems_of_a_recipe_are_named_at_once(tmp_path: Path) -> None:
     [
         ("--lora_rank 4", "--lora_rank 4: the run that is resumed has 8"),
         ("--target_modules q_proj", "the run that is resumed has ['all-linear']"),
-        ("--dataset {other}", "--dataset"),
+        ("--dataset {other}", "belongs to another run: rows (4 then, 2 now)"),
+        ("--output_dir {other}.runs", "leave it out, or start a new run"),
         ("--learning_rate 1e-4", "the run that is resumed has 0.03"),
     ],
 )
@@ -532,12 +520,10 @@ def test_a_packed_block_is_told_as_its_rows_alone_are(kit: Kit, model: str) -> N
 
 
 def test_packing_is_refused_for_a_model_whose_rows_would_see_each_other(kit: Kit) -> None:
-    from inlay.train.sft import _check_packing
-
     net = MODELS["qwen2"].load(kit.base("qwen2"))
     net.config.use_cache = False
     block = [Example((7, 8, 9), (7, 8, 9)), Example((11, 12, 13), (11, 12, 13))]
-    _check_packing(net, [block])
+    check_packing(net, [block])
 
     class Blind:
         """The same model, deaf to positions."""
@@ -550,7 +536,7 @@ def test_packing_is_refused_for_a_model_whose_rows_would_see_each_other(kit: Kit
             return net(input_ids=input_ids)
 
     with third_party(), pytest.raises(InputError, match="see each other"):
-        _check_packing(Blind(), [block])
+        check_packing(Blind(), [block])
 
 
 def test_packing_trains_exports_and_verifies(base: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 from inlay.cli.sources import resolve
 from inlay.errors import InlayError
-from inlay.train.launch import is_first, launch, processes
+from inlay.train.launch import adopt, group, is_first, launch, wait_for_the_end
 from inlay.train.recipe import NAMES, Recipe, make_recipe
 from inlay.train.records import read_checkpoint
 
@@ -19,20 +20,24 @@ INTERRUPTED = 130
 
 
 def run(args: argparse.Namespace) -> int:
-    count = processes(os.environ)
+    adopt(os.environ)
+    wanted = group(os.environ)
     given = {name: value for name, value in vars(args).items() if name in NAMES}
     resumed = None
     try:
         if args_path := given.get("resume_from_checkpoint"):
             resumed = read_checkpoint(args_path)
         recipe = make_recipe(given, resumed[1] if resumed else None)
-        if count > 1:
-            return launch(["sft", *_as_words(vars(args))], count, os.environ)
+        if wanted is not None:
+            return launch(["sft", *_as_words(vars(args))], wanted, os.environ)
         return _train(recipe, resumed, args)
-    except InlayError:
+    except Exception as error:
+        wait_for_the_end(isinstance(error, InlayError))
+        raise
+    except KeyboardInterrupt:  # the second one
         if is_first():
-            raise
-        return 2  # the first process says why
+            _say("interrupted at once; to go on: --resume_from_checkpoint with the last checkpoint of the run")
+        return INTERRUPTED
 
 
 def _train(recipe: Recipe, resumed: Any, args: argparse.Namespace) -> int:
@@ -44,7 +49,8 @@ def _train(recipe: Recipe, resumed: Any, args: argparse.Namespace) -> int:
     base = resolve(recipe.model, recipe.revision, recipe.use_modelscope)
     if Path(recipe.model).exists():
         recipe = replace(recipe, model=str(Path(recipe.model).resolve()))  # found from any folder
-    trained = run_sft(recipe, base, _silent if args.quiet or not is_first() else _say, resumed)
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints what it compiles
+        trained = run_sft(recipe, base, _silent if args.quiet or not is_first() else _say, resumed)
     if is_first():
         facts = {
             "run": str(trained.run),

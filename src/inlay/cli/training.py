@@ -100,7 +100,10 @@ def _method(parser: argparse.ArgumentParser) -> None:
     o.one("--lora_dtype", choices=("float32", "bfloat16", "float16"), help="type of the adapter's weights (float32)")
     o.flag("--use_rslora", help="scaling is alpha / √rank")
     o.flag("--use_dora", help="DoRA: magnitude and direction apart")
-    o.one("--init_weights", help="true, false, gaussian, orthogonal, olora, pissa, pissa_niter_N (true)", metavar="HOW")
+    o.one(
+        "--init_weights", type=str.lower, metavar="HOW",
+        help="true, false, gaussian, orthogonal, olora, pissa, pissa_niter_N (true)",
+    )  # fmt: skip
     o.flag("--freeze_llm", help="vision-language models: leave the language part as it is (false)")
     o.flag("--freeze_vit", help="… the vision part (true)")
     o.flag("--freeze_aligner", help="… what stands between (true)")
@@ -127,13 +130,16 @@ def _loop(parser: argparse.ArgumentParser) -> None:
     o.one("--warmup_ratio", type=float, help="share of the steps in which the rate rises (0.05)")
     o.one("--weight_decay", type=float, help="weight decay (0.1)")
     o.one("--adam_beta2", type=float, help="second beta of Adam (0.95)")
-    o.one("--max_grad_norm", type=float, help="longest gradient (1)")
+    o.one("--max_grad_norm", type=float, help="longest gradient (1); 0 for any length")
     o.flag("--gradient_checkpointing", help="compute activations twice instead of keeping them (true)")
     o.one("--seed", type=int, help="decides the start, the order and dropout (42)")
     o.one("--data_seed", type=int, help="decides samples, the split and the order instead (seed)")
     o.one("--dataloader_num_workers", type=int, help="processes that make batches (0)")
     o.one("--deepspeed", metavar="FILE", help="a DeepSpeed config")
-    o.one("--fsdp", help="FSDP, in transformers' words: full_shard auto_wrap …", metavar="WORDS")
+    o.group.add_argument(
+        "--fsdp", nargs="?", const="true", default=argparse.SUPPRESS, metavar="WORDS",
+        help="divide the model among GPUs; also in transformers' former words: full_shard offload …",
+    )  # fmt: skip
     o.one("--fsdp_config", metavar="FILE", help="its settings, as JSON")
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from inlay.datasets.files import read_records
 from inlay.datasets.read import Source, read_dataset, read_rows, sample
 from inlay.datasets.row import Row
-from inlay.digests import digest_json
+from inlay.digests import digest_object
 from inlay.errors import InputError
-from inlay.train.examples import split
+from inlay.train.examples import Example, split
 from inlay.train.recipe import Recipe
 
 SELF_COGNITION = ("self-cognition", "swift/self-cognition")
@@ -27,9 +27,9 @@ def read_data(recipe: Recipe) -> tuple[list[Row], list[Row]]:
     return split(rows, recipe.split_dataset_ratio, recipe.sampling_seed)
 
 
-def data_digest(rows: Sequence[Row]) -> str:
-    """Identity of the data, wherever its files lie."""
-    return digest_json([[list(row.messages), row.text, list(row.tools)] for row in rows])
+def data_digest(examples: Sequence[Example]) -> str:
+    """Identity of what is learned: wherever the files lie, another tokenizer or template makes other data."""
+    return digest_object({}, "examples", ([example.ids, example.labels] for example in examples))
 
 
 def _read(name: str, recipe: Recipe) -> list[Row]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,8 @@ class Example:
     ids: tuple[int, ...]
     labels: tuple[int, ...]
 
-    @property
-    def learned(self) -> int:
-        return sum(label != UNLABELLED for label in self.labels)
+
+Block = list[Example]
 
 
 @dataclass
@@ -43,8 +42,8 @@ class Counts:
     longest: int = 0
     cut: int = 0
     too_long: int = 0
+    unanswered: int = 0
     unlearned_turns: int = 0
-    notes: list[str] = field(default_factory=list)
 
 
 class Encoder:
@@ -55,15 +54,19 @@ class Encoder:
         self.max_length = max_length
         self.truncation = truncation
         self.system = system
-        self._special = tuple(sorted({str(t) for t in tokenizer.all_special_tokens}, key=len, reverse=True))
+        added = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+        self._special = tuple(added | {str(t) for t in tokenizer.all_special_tokens})
         if not tokenizer.is_fast:
             raise InputError(
                 f"{type(tokenizer).__name__} cannot say which letters a token stands for, so answers cannot be told "
                 "from questions; use the tokenizer in its fast form (tokenizer.json)"
             )
 
-    def encode(self, rows: Sequence[Row]) -> tuple[list[Example], Counts]:
-        """The examples of all rows that fit. Raises InputError for a row that the template refuses."""
+    def encode(self, rows: Sequence[Row], what: str = "rows") -> tuple[list[Example], Counts]:
+        """The examples of all rows that fit, and counts of those that do not. `what` the rows are, for messages.
+
+        Raises InputError for a row that the template refuses, and when no row is left.
+        """
         if any(row.messages for row in rows) and not self.tokenizer.chat_template:
             raise InputError(
                 "the base has no chat template, and the data are conversations: give one with --chat_template "
@@ -76,13 +79,13 @@ class Encoder:
                 continue
             counts.rows += 1
             counts.tokens += len(example.ids)
-            counts.learned += example.learned
+            counts.learned += learned([example])
             counts.longest = max(counts.longest, len(example.ids))
             examples.append(example)
         if not examples:
             raise InputError(
-                f"none of the {len(rows)} rows can be learned: {counts.too_long} are longer than --max_length "
-                f"{self.max_length}, the others have no answer that the chat template shows"
+                f"none of the {len(rows)} {what} can be learned: {counts.too_long} are longer than --max_length "
+                f"{self.max_length}, {counts.unanswered} have no answer that the chat template shows"
             )
         return examples, counts
 
@@ -102,6 +105,9 @@ class Encoder:
         text, spans = self._written(told, row), []
         for position, message in enumerate(messages):
             if message["role"] != "assistant" or message.get("loss") is False:
+                continue
+            if position == 0:  # no template writes an empty conversation, to see where the answer would begin
+                counts.unlearned_turns += 1
                 continue
             before = self._written(told[:position], row, asked=True)
             after = self._written(told[: position + 1], row)
@@ -148,8 +154,10 @@ class Encoder:
             counts.cut += 1
             part = slice(-self.max_length, None) if self.truncation == LEFT else slice(self.max_length)
             example = Example(example.ids[part], example.labels[part])
-        # The first token has nothing before it to be told from.
-        return example if any(label != UNLABELLED for label in example.labels[1:]) else None
+        if not learned([example]):
+            counts.unanswered += 1
+            return None
+        return example
 
 
 def split(rows: Sequence[Row], ratio: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -163,23 +171,12 @@ def split(rows: Sequence[Row], ratio: float, seed: int) -> tuple[list[Row], list
     return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
 
 
-def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
-    """Examples side by side in blocks of at most `max_length` tokens: the longest first, each into the first block that
-    has room. Law: each example is in one block."""
-    blocks: list[list[Example]] = []
-    room: list[int] = []
-    for example in sorted(examples, key=lambda e: -len(e.ids)):
-        place = next((i for i, free in enumerate(room) if free >= len(example.ids)), None)
-        if place is None:
-            place = len(blocks)
-            blocks.append([])
-            room.append(max_length)
-        blocks[place].append(example)
-        room[place] -= len(example.ids)
-    return blocks
+def learned(block: Block) -> int:
+    """Labels of a block that a loss is made of: all but the first of each example, which has nothing before it."""
+    return sum(label != UNLABELLED for e in block for label in e.labels[1:])
 
 
-def collate(batch: Sequence[Sequence[Example]], pad_id: int, positions: bool) -> dict[str, Any]:
+def collate(batch: Sequence[Block], pad_id: int, positions: bool) -> dict[str, Any]:
     """Tensors of a batch of blocks, (rows, longest block): filled up at their ends.
 
     Blocks of several examples (`positions`) carry positions that begin anew with each, by which attention keeps them

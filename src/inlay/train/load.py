@@ -9,6 +9,7 @@ from typing import Any
 from inlay.errors import InputError
 from inlay.extras import needs
 from inlay.train.examples import read_template
+from inlay.train.launch import sharding
 from inlay.train.recipe import FULL, Recipe
 
 DEFAULT_MAX_LENGTH = 2048  # where the model names none
@@ -82,10 +83,8 @@ def load_model(path: Path, config: Any, recipe: Recipe) -> Any:
     kwargs: dict[str, Any] = {"config": config, "dtype": getattr(torch, name), "local_files_only": True}
     if recipe.quant_method:
         kwargs["quantization_config"] = _quantisation(recipe, getattr(torch, name))
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not sharding(recipe):
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    if recipe.deepspeed or recipe.fsdp:
-        kwargs.pop("device_map", None)
     try:
         model, found = find_class(config, path).from_pretrained(
             path, output_loading_info=True, trust_remote_code=recipe.trust_remote_code, **kwargs

@@ -7,6 +7,7 @@ resumed takes what is not given again from there.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,16 +47,18 @@ _POSITIVE = (
     "lora_rank", "lora_alpha", "adalora_init_r", "adalora_target_r", "oft_block_size", "vera_rank",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "learning_rate",
     "num_train_epochs", "max_length", "save_steps", "eval_steps", "save_total_limit", "logging_steps",
-    "max_grad_norm",
 )  # fmt: skip
-_SHARES = ("lora_dropout", "warmup_ratio", "split_dataset_ratio")
-# What may be another one when a run goes on: nothing of it changes the steps that are still to come.
+_SHARES = ("lora_dropout", "warmup_ratio", "split_dataset_ratio", "adam_beta2")
+_NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "dataloader_num_workers")
+_SEEDS = ("seed", "data_seed")  # of 32 bits, as numpy takes them
+_PATHS = ("dataset", "val_dataset", "chat_template", "deepspeed", "fsdp_config")
+# What may be another one when a run goes on: nothing of it changes the steps that are still to come; of data and base,
+# what they lead to is compared with what the run began with.
 FREE_ON_RESUME = frozenset(
     {
-        "resume_from_checkpoint", "output_dir", "add_version", "save_steps", "save_total_limit", "eval_steps",
-        "logging_steps", "report_to", "per_device_eval_batch_size", "val_dataset", "gradient_checkpointing",
-        "deepspeed", "fsdp", "fsdp_config", "model", "revision", "use_modelscope", "dataloader_num_workers",
-        "trust_remote_code",
+        "resume_from_checkpoint", "save_steps", "save_total_limit", "eval_steps", "logging_steps", "report_to",
+        "per_device_eval_batch_size", "dataset", "val_dataset", "chat_template", "gradient_checkpointing", "deepspeed",
+        "fsdp", "fsdp_config", "model", "revision", "use_modelscope", "dataloader_num_workers", "trust_remote_code",
     }
 )  # fmt: skip
 
@@ -179,6 +182,7 @@ def make_recipe(given: Mapping[str, Any], recorded: Mapping[str, Any] | None = N
     """
     values = {**_known(recorded or {}), **given}
     fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    fields |= {name: _absolute(fields[name]) for name in _PATHS if fields.get(name)}
     recipe = Recipe(**fields)
     problems = [*_contradictions(given, recorded), *_check(recipe, given)]
     if problems:
@@ -186,6 +190,14 @@ def make_recipe(given: Mapping[str, Any], recorded: Mapping[str, Any] | None = N
             "\n".join([f"cannot train ({len(problems)} problem{'s' if len(problems) > 1 else ''})", *problems])
         )
     return recipe
+
+
+def _absolute(value: Any) -> Any:
+    """A path, or a tuple of datasets, that is found from any folder; names that are no path here stay."""
+    if isinstance(value, tuple):
+        return tuple(map(_absolute, value))
+    here = os.path.exists(value) or os.path.exists(value.rpartition("#")[0])  # data.jsonl#500
+    return os.path.abspath(value) if here else value
 
 
 def _known(recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,12 +222,17 @@ def _check(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
         f"  --{n} {values[n]}: must be positive" for n in _POSITIVE if values[n] is not None and not values[n] > 0
     ]
     problems += [f"  --{n} {values[n]}: must be at least 0 and below 1" for n in _SHARES if not 0 <= values[n] < 1]
+    problems += [f"  --{n} {values[n]}: must not be negative" for n in _NOT_NEGATIVE if not values[n] >= 0]
+    problems += [f"  --{n} {v}: must be a number" for n, v in values.items() if v in (math.inf, -math.inf)]
+    problems += [
+        f"  --{n} {values[n]}: must be at least 0 and below 2^32"
+        for n in _SEEDS
+        if values[n] is not None and not 0 <= values[n] < 1 << 32
+    ]
     problems += _check_method(recipe, given)
     problems += _check_dataset(recipe)
     if recipe.max_steps == 0 or recipe.max_steps < -1:
         problems.append(f"  --max_steps {recipe.max_steps}: must be positive, or -1 for whole epochs")
-    if recipe.weight_decay < 0:
-        problems.append(f"  --weight_decay {recipe.weight_decay}: must not be negative")
     for name in ("chat_template", "deepspeed", "fsdp_config"):
         if values[name] is not None and not Path(values[name]).is_file():
             problems.append(f"  --{name} {values[name]}: no such file")
@@ -232,6 +249,8 @@ def _check_method(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
     ]
     if kind == FULL:
         problems += [f"  --{n}: has no meaning for full, which trains every weight" for n in _NOT_FULL if given.get(n)]
+    if recipe.target_regex is not None and "target_modules" in given:
+        problems.append("  --target_regex: stands instead of --target_modules; give one of them")
     init = recipe.init_weights
     if init not in INIT_WEIGHTS and not (init.startswith(PISSA_NITER) and init.removeprefix(PISSA_NITER).isdecimal()):
         problems.append(f"  --init_weights {init}: is none of {', '.join(INIT_WEIGHTS)}, {PISSA_NITER}N")
@@ -246,8 +265,6 @@ def _check_method(recipe: Recipe, given: Mapping[str, Any]) -> list[str]:
         problems.append("  --use_dora: bare parameters have no DoRA; leave it out with --target_parameters")
     if kind == ADALORA and recipe.adalora_target_r > recipe.adalora_init_r:
         problems.append(f"  --adalora_target_r {recipe.adalora_target_r}: is above --adalora_init_r")
-    if kind == ADALORA and recipe.resume_from_checkpoint:
-        problems.append("  --resume_from_checkpoint: AdaLoRA's scores of importance are not in a checkpoint")
     return problems + _check_quant(recipe)
 
 

@@ -15,7 +15,9 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from inlay.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from inlay.checkpoints.json_files import read_json_object
 from inlay.checkpoints.refs import TensorRef
 from inlay.checkpoints.spans import BASE
-from inlay.errors import InputError, OutputError
+from inlay.errors import InlayError, InputError, OutputError
 from inlay.plan.build import make_plan
 from inlay.plan.sidecars import CHAT_TEMPLATE, TOKENIZER_FILES
 from inlay.plan.types import Plan
@@ -36,9 +38,11 @@ LOG = "logging.jsonl"
 IMAGES = "images"
 LAST, BEST = "last", "best"
 STATE = "trainer_state.json"
+OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")  # FSDP whole and in parts; DeepSpeed
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 CURVES = ("loss", "learning_rate", "grad_norm", "eval_loss")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _VERSION = re.compile(r"v(\d+)-\d{8}-\d{6}")
 
 
@@ -83,7 +87,9 @@ def read_checkpoint(path: str) -> tuple[Path, dict[str, Any]]:
     folder = Path(path).resolve()  # `last` is a link
     if not folder.is_dir():
         raise InputError(f"--resume_from_checkpoint {path}: no such folder")
-    missing = [name for name in (ARGS, STATE, "optimizer.pt", "scheduler.pt") if not (folder / name).is_file()]
+    missing = [name for name in (ARGS, STATE, "scheduler.pt") if not (folder / name).is_file()]
+    if not any((folder / name).exists() for name in OPTIMIZERS):
+        missing.append(OPTIMIZERS[0])
     if missing:
         inner = sorted(p.name for p in folder.glob("checkpoint-*"))
         cure = f"; it holds {', '.join(inner[:5])}: name one of them" if inner else ""
@@ -121,16 +127,58 @@ def _stored(ref: TensorRef, base: Checkpoint, key: str) -> set[str]:
     return {found} & base.tensors.keys()
 
 
-def point(run: Path, name: str, checkpoint: Path) -> None:
-    """`name` in the run folder leads to `checkpoint`: a link, or a file with its name where there are no links."""
-    link = run / name
+def checkpoint_path(run: Path, step: int) -> Path:
+    return run / f"checkpoint-{step}"
+
+
+@contextmanager
+def whole_or_gone(checkpoint: Path, writes: bool) -> Iterator[None]:
+    """While a checkpoint is written: where that fails, what there is of it is removed. Raises OutputError."""
+    try:
+        yield
+    except BaseException as error:
+        if writes:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        if isinstance(error, InlayError) or not _is_of_files(error):
+            raise
+        reason = f"{str(error).splitlines()[0]:.200}"
+        raise OutputError(
+            f"{checkpoint}: cannot be saved ({reason}), and is removed; checkpoints before it are whole: make room, "
+            "and go on from one with --resume_from_checkpoint"
+        ) from error
+
+
+def _is_of_files(error: BaseException) -> bool:
+    """Whether a file could not be written. torch.save says so with a RuntimeError, in words of many kinds."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, RuntimeError):
+        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+        return any(frame.f_globals.get("__name__") == "torch.serialization" for frame in frames)
+    return isinstance(error, (OSError, SafetensorError))
+
+
+def point(run: Path, name: str, step: int) -> None:
+    """`name` in the run folder leads to a checkpoint: a link, or a file with its name where there are no links."""
+    checkpoint = checkpoint_path(run, step)
     draft = run / f".{name}.new"
     draft.unlink(missing_ok=True)
     try:
         os.symlink(checkpoint.name, draft)
     except OSError:
         draft.write_text(checkpoint.name + "\n", "utf-8")
-    os.replace(draft, link)
+    os.replace(draft, run / name)
+
+
+def remove_old(run: Path, limit: int, step: int, best: int | None) -> None:
+    """Leave the `limit` newest checkpoints up to `step`, and the best one.
+
+    Those after `step`, of a run that was gone on with from an earlier one, are on their way to be written anew.
+    """
+    steps = sorted(int(m[1]) for p in run.iterdir() if (m := _CHECKPOINT.fullmatch(p.name)) and int(m[1]) <= step)
+    for old in steps[:-limit]:
+        if old != best:
+            shutil.rmtree(checkpoint_path(run, old))
 
 
 class Log:

@@ -17,13 +17,17 @@ from typing import Any
 from inlay.adapters.adapter import ARGS, FINGERPRINT
 from inlay.checkpoints.json_files import read_json_object
 from inlay.datasets.row import Row
-from inlay.errors import InputError
+from inlay.errors import InlayError, InputError, OutputError
 from inlay.extras import needs
 from inlay.train import converting, load, records
 from inlay.train.data import data_digest, read_data
-from inlay.train.examples import Counts, Encoder, Example, collate, pack
-from inlay.train.loop import Papers, Schedule, Stop, make_schedule, new_trainer, training_arguments
+from inlay.train.examples import Block, Counts, Encoder
+from inlay.train.launch import is_first, sharding
+from inlay.train.loop import Blocks, Papers, new_trainer
+from inlay.train.packing import check_packing, pack
 from inlay.train.recipe import FULL, Recipe, check_output
+from inlay.train.schedule import Schedule, make_schedule, training_arguments
+from inlay.train.stop import Stop
 from inlay.train.targets import Targets
 from inlay.train.tuners import add_tuner, find_targets, free_weights
 
@@ -46,20 +50,28 @@ class Trained:
 
 @dataclass(frozen=True)
 class _Data:
-    train: list[list[Example]]
-    evaluate: list[list[Example]]
+    train: list[Block]
+    evaluate: list[Block]
     counts: Counts
+    held_out: Counts
     digest: str
 
 
 def run_sft(recipe: Recipe, base: Path, say: Say, resumed: Resumed | None = None) -> Trained:
     """Train. `base` is the folder of `recipe.model`; `resumed` a checkpoint to go on from and its `args.json`.
 
-    In a run of several processes every one calls this; the first writes. Raises InputError.
+    In a run of several processes every one calls this; the first writes. Raises InputError, and OutputError where a
+    file cannot be written.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries: nothing that a user of a command can act on
-        return _run(recipe, base, say, resumed)
+        try:
+            return _run(recipe, base, say, resumed)
+        except OSError as error:  # a full disk, mostly; what cannot be read is told where it is read
+            if isinstance(error, InlayError):
+                raise
+            where = error.filename or f"{recipe.output_dir}, or {tempfile.gettempdir()} for drafts"
+            raise OutputError(f"{where}: {error.strerror or error}") from error
 
 
 def _run(recipe: Recipe, base: Path, say: Say, resumed: Resumed | None) -> Trained:
@@ -72,7 +84,7 @@ def _run(recipe: Recipe, base: Path, say: Say, resumed: Resumed | None) -> Train
     logging: Any = transformers.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_first()
     if resumed is None:
         check_output(recipe.output_dir)
     rows = read_data(recipe)
@@ -87,7 +99,7 @@ def _run(recipe: Recipe, base: Path, say: Say, resumed: Resumed | None) -> Train
     transformers.set_seed(recipe.seed)
     model = load.load_model(base, config, recipe)
     if recipe.packing:
-        _check_packing(model, data.train)
+        check_packing(model, data.train)
     model, targets = _prepare(model, recipe, schedule)
     initial = converting.pairs(model) if recipe.shifts_base else None
     record = _base_record(recipe, base, model, resumed, first, initial)
@@ -103,11 +115,9 @@ def _run(recipe: Recipe, base: Path, say: Say, resumed: Resumed | None) -> Train
     draft.output_dir = str(run)
     log = records.Log(run, _step(resumed[0]) if resumed else 0) if first else None
     stop = Stop()
-    template = tokenizer.chat_template if recipe.chat_template else None
-    papers = Papers(base, template, args, record, initial)
-    trainer = new_trainer(
-        recipe, draft, model, load.pad_id(tokenizer), data.train, data.evaluate, papers, log, stop, say
-    )
+    papers = Papers(base, tokenizer.chat_template if recipe.chat_template else None, args, record, initial)
+    blocks = Blocks(data.train, data.evaluate, load.pad_id(tokenizer))
+    trainer = new_trainer(recipe, draft, model, blocks, papers, log, stop, say)
     torch.manual_seed(recipe.seed)
     with stop.listening():
         trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
@@ -117,9 +127,9 @@ def _run(recipe: Recipe, base: Path, say: Say, resumed: Resumed | None) -> Train
 def _encode(recipe: Recipe, tokenizer: Any, max_length: int, train: Sequence[Row], held_out: Sequence[Row]) -> _Data:
     encoder = Encoder(tokenizer, max_length, recipe.truncation_strategy, recipe.system)
     examples, counts = encoder.encode(train)
-    evaluate = encoder.encode(held_out)[0] if held_out else []
+    evaluate, held_out_counts = encoder.encode(held_out, "held-out rows") if held_out else ([], Counts())
     blocks = pack(examples, max_length) if recipe.packing else [[e] for e in examples]
-    return _Data(blocks, [[e] for e in evaluate], counts, data_digest([*train, *held_out]))
+    return _Data(blocks, [[e] for e in evaluate], counts, held_out_counts, data_digest(examples))
 
 
 def _prepare(model: Any, recipe: Recipe, schedule: Schedule) -> tuple[Any, Targets]:
@@ -173,28 +183,6 @@ def _check_base(checkpoint: Path, record: Fingerprint) -> None:
         )
 
 
-def _check_packing(model: Any, blocks: Sequence[list[Example]]) -> None:
-    """Whether attention keeps the examples of a block apart: a block must be told as its examples alone are.
-
-    Models that build their mask from positions do. Raises InputError for one that does not.
-    """
-    import torch
-
-    block = next((b for b in blocks if len(b) > 1), None)
-    if block is None:
-        return
-    pair = [Example(e.ids[:16], e.labels[:16]) for e in block[:2]]
-    model.eval()
-    with torch.no_grad():
-        inputs = collate([pair], 0, positions=True)
-        del inputs["labels"]
-        packed = model(**{k: v.to(model.device) for k, v in inputs.items()}).logits[0, -len(pair[1].ids) :]
-        alone = model(input_ids=torch.tensor([pair[1].ids], device=model.device)).logits[0]
-    scale = alone.float().abs().max().clamp(min=1e-6)
-    if (packed.float() - alone.float()).abs().max() > 0.05 * scale:
-        raise InputError(f"--packing: {type(model).__name__} lets the rows of a block see each other; train without it")
-
-
 def _args(
     recipe: Recipe, base: Path, model: Any, targets: Targets, schedule: Schedule, data: _Data, processes: int
 ) -> dict[str, Any]:
@@ -207,9 +195,11 @@ def _args(
         "learning_rate": recipe.rate,
         "base_path": str(base),
         "processes": processes,
+        "sharding": sharding(recipe),
         "resolved_targets": list(targets.listed),
         "resolved_modules": list(targets.modules),
         "resolved_parameters": list(targets.parameters),
+        "resolved_modules_to_save": list(targets.saved),
         "trainable_parameters": trainable,
         "total_parameters": total,
         "trainable_share": trainable / total,
@@ -236,13 +226,7 @@ def _summary(args: Mapping[str, Any], data: _Data, schedule: Schedule) -> list[s
         f"training {args['trainable_parameters']:,} of {args['total_parameters']:,} parameters "
         f"({args['trainable_share']:.2%}) in {schedule.steps} steps",
     ]
-    if counts.too_long:
-        lines.append(f"warning: {counts.too_long} rows are longer than --max_length and are left out")
-    if counts.cut:
-        lines.append(f"warning: {counts.cut} rows are longer than --max_length and are cut")
-    if counts.unlearned_turns:
-        what = "the chat template writes them otherwise once more turns follow"
-        lines.append(f"warning: {counts.unlearned_turns} earlier answers are read and not learned: {what}")
+    lines += [*_left_out(counts, "rows"), *_left_out(data.held_out, "held-out rows")]
     if args["init_weights"].startswith(("pissa", "olora")) and args["dtype"] != "float32":
         what = "the base without the pairs is rounded while it is trained, and the merge goes onto the one that is not"
         lines.append(f"warning: {args['init_weights']} in {args['dtype']}: {what}; --torch_dtype float32 is exact")
@@ -250,11 +234,38 @@ def _summary(args: Mapping[str, Any], data: _Data, schedule: Schedule) -> list[s
     if targets or args["resolved_parameters"]:
         what = f"{len(modules)} modules: " if modules else ""
         lines.append(f"targets: {what}{', '.join([*targets, *args['resolved_parameters']])}")
+    if args["resolved_modules_to_save"]:
+        lines.append(f"trained whole: {', '.join(args['resolved_modules_to_save'])}")
     return lines
 
 
+def _left_out(counts: Counts, what: str) -> list[str]:
+    """Warnings of rows that are not learned, or not as they are."""
+    found = (
+        (counts.too_long, f"{what} are longer than --max_length and are left out"),
+        (counts.cut, f"{what} are longer than --max_length and are cut"),
+        (counts.unanswered, f"{what} have no answer that the chat template shows, or none is left, and are left out"),
+        (
+            counts.unlearned_turns,
+            f"answers in {what} are read and not learned: the chat template writes them otherwise once more turns "
+            "follow, or nothing stands before them",
+        ),
+    )
+    return [f"warning: {count} {words}" for count, words in found if count]
+
+
 # Of what was resolved and counted, all that decides the steps to come.
-_SAME = ("steps", "rows", "tokens", "data", "processes", "resolved_modules", "resolved_parameters")
+_SAME = (
+    "steps",
+    "rows",
+    "tokens",
+    "data",
+    "processes",
+    "sharding",
+    "resolved_modules",
+    "resolved_parameters",
+    "resolved_modules_to_save",
+)
 
 
 def _check_same(recorded: Mapping[str, Any], args: Mapping[str, Any], checkpoint: Path) -> None:

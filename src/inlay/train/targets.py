@@ -20,8 +20,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -41,11 +41,13 @@ NEAR = 5
 
 @dataclass(frozen=True)
 class Targets:
-    """The modules to train (full names), and bare parameters, by what PEFT's config calls them."""
+    """The modules to train (full names); modules, bare parameters and modules to train as full copies, by what PEFT's
+    config calls them."""
 
     modules: tuple[str, ...]
     listed: tuple[str, ...]
     parameters: tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -57,6 +59,7 @@ class Asked:
     regex: str | None = None
     parameters: tuple[str, ...] = ()
     excluded: tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
     frozen: frozenset[str] = frozenset({VISION, ALIGNER})
 
 
@@ -178,12 +181,57 @@ def resolve(model: Any, asked: Asked, kinds: Collection[str] = ("linear", "embed
     else:
         found = set().union(*(_reached(anatomy, word, asked.frozen) for word in asked.modules))
     found -= _excluded(anatomy, asked.excluded, found)
+    saved = _saved(anatomy, asked)
+    found -= _within(found, saved)  # what is trained whole needs no adapter
     _check_kinds(anatomy, found, kinds)
     parameters = tuple(_parameter(model, name) for name in asked.parameters)
     if not found and not parameters:
-        raise InputError("nothing is left to train: --exclude_modules takes away all that was targeted")
+        raise InputError(
+            "nothing is left to train: --exclude_modules and --modules_to_save take away all that was targeted"
+        )
     modules = tuple(name for name in anatomy.modules if name in found)
-    return Targets(modules, shortest(anatomy.modules, modules), parameters, _notes(anatomy, asked, modules, parameters))
+    return Targets(
+        modules,
+        shortest(anatomy.modules, modules),
+        parameters,
+        shortest(anatomy.modules, sorted(saved), str.endswith),
+        _notes(anatomy, asked, modules, parameters),
+    )
+
+
+def _saved(anatomy: Anatomy, asked: Asked) -> set[str]:
+    """Modules that are trained as full copies."""
+    found: set[str] = set()
+    for word in asked.saved:
+        if word == "all-embedding":
+            names = {*anatomy.embeddings, *([anatomy.head] if anatomy.head else [])}
+        elif word == "all-norm":
+            names = {name for name, m in anatomy.modules.items() if "norm" in type(m).__name__.lower()}
+        else:
+            names = _by_suffix(anatomy.modules, word)
+        if word.startswith("all-"):
+            names = {name for name in names if anatomy.part(name) not in asked.frozen}
+        if not names:
+            raise InputError(f"--modules_to_save {word}: {type(anatomy.model).__name__} has no module of this name")
+        found |= names
+    return found
+
+
+def _within(names: Collection[str], outer: Collection[str]) -> set[str]:
+    return {name for name in names if any(above in outer for above in _above(name))}
+
+
+def check_read(model: Any, targets: Targets) -> Targets:
+    """The targets, with a note on those that rows of text never pass. Raises InputError where there are no others."""
+    anatomy = Anatomy(model)
+    parts = [anatomy.part(name) for name in targets.modules]
+    aside = [part for part in parts if part != TEXT]
+    if not aside:
+        return targets
+    what = f"{len(aside)} targets lie in the {' and '.join(sorted(set(aside)))} part, which rows of text never pass"
+    if len(aside) == len(parts) and not targets.parameters:
+        raise InputError(f"{what}: nothing could be learned; leave out --freeze_llm, or target layers of the text part")
+    return replace(targets, notes=(*targets.notes, f"warning: {what}; they stay as they are"))
 
 
 def _reached(anatomy: Anatomy, word: str, frozen: frozenset[str]) -> set[str]:
@@ -202,7 +250,7 @@ def _reached(anatomy: Anatomy, word: str, frozen: frozenset[str]) -> set[str]:
 
 
 def _by_name(anatomy: Anatomy, word: str) -> set[str]:
-    found = {name for name in anatomy.modules if name == word or name.endswith(f".{word}")}
+    found = _by_suffix(anatomy.modules, word)
     if found:
         return found
     ends = {name.rpartition(".")[2] for name in (*anatomy.linear, *anatomy.embeddings)}
@@ -233,7 +281,7 @@ def _excluded(anatomy: Anatomy, words: Sequence[str], found: set[str]) -> set[st
         if word in PRESETS:
             out = {name for name in found if name in _reached(anatomy, word, frozenset())}
         else:
-            out = {name for name in found if name == word or name.endswith(f".{word}") or _fits(word, name)}
+            out = {name for name in found if _ends_with(name, word) or _fits(word, name)}
         if not out:
             raise InputError(f"--exclude_modules {word}: takes away nothing of what is targeted")
         gone |= out
@@ -261,15 +309,22 @@ def _check_kinds(anatomy: Anatomy, found: set[str], kinds: Collection[str]) -> N
 def _parameter(model: Any, word: str) -> str:
     """`word`, where it is the end of the name of a parameter."""
     names = [name for name, _ in model.named_parameters()]
-    if not any(name == word or name.endswith(f".{word}") for name in names):
+    if not _by_suffix(names, word):
         ends = sorted({".".join(name.split(".")[-3:]) for name in names})
         near = difflib.get_close_matches(word, ends, NEAR, 0.3)
         raise InputError(f"--target_parameters {word}: the model has no such parameter; near it are {', '.join(near)}")
     return word
 
 
-def shortest(names: Collection[str], modules: Sequence[str]) -> tuple[str, ...]:
-    """The shortest ends of names that reach these modules and no other of `names`; at worst the names themselves."""
+def shortest(
+    names: Collection[str], modules: Sequence[str], reaches: Callable[[str, str], bool] | None = None
+) -> tuple[str, ...]:
+    """The shortest ends of names that reach these modules and no other of `names`; at worst the names themselves.
+
+    `reaches(name, end)` says whether an end reaches a name: whole words do, unless told otherwise (PEFT's
+    `modules_to_save` also takes `norm` for the end of `input_layernorm`).
+    """
+    reaches = reaches or _ends_with
     wanted, suffixes = set(modules), set()
     for name in modules:
         words = name.split(".")
@@ -277,7 +332,7 @@ def shortest(names: Collection[str], modules: Sequence[str]) -> tuple[str, ...]:
             suffix = ".".join(words[start:])
             if _is_number(words[start]):
                 continue  # "3.q_proj" alone would say less than it seems to
-            if _by_suffix(names, suffix) <= wanted:
+            if wanted.issuperset(n for n in names if reaches(n, suffix)):
                 break
         suffixes.add(suffix)
     return tuple(sorted(suffixes))
@@ -288,7 +343,11 @@ def _is_number(word: str) -> bool:
 
 
 def _by_suffix(names: Collection[str], suffix: str) -> set[str]:
-    return {name for name in names if name == suffix or name.endswith(f".{suffix}")}
+    return {name for name in names if _ends_with(name, suffix)}
+
+
+def _ends_with(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
 
 
 def _stacks(anatomy: Anatomy, frozen: frozenset[str]) -> list[str]:

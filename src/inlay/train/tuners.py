@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from inlay.errors import InputError
 from inlay.train.recipe import ADALORA, FULL, IA3, LOHA, LOKR, LORA, OFT, VERA, Recipe
-from inlay.train.targets import Anatomy, Asked, Targets, resolve, shortest
+from inlay.train.targets import Anatomy, Asked, Targets, check_read, resolve, shortest
 
 TASK = "CAUSAL_LM"
+_EXPERT_WORDS = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 _INIT: dict[str, Any] = {"true": True, "false": False}
 
 
 def find_targets(model: Any, recipe: Recipe) -> Targets:
     """What the recipe trains in this model. Raises InputError."""
     asked = Asked(
-        recipe.target_modules, recipe.target_regex, recipe.target_parameters, recipe.exclude_modules, recipe.frozen
+        recipe.target_modules,
+        recipe.target_regex,
+        recipe.target_parameters,
+        recipe.exclude_modules,
+        recipe.modules_to_save,
+        recipe.frozen,
     )
-    return resolve(model, asked, ("linear", "embedding") if recipe.method == LORA else ("linear",))
+    kinds = ("linear", "embedding") if recipe.method == LORA else ("linear",)
+    return check_read(model, resolve(model, asked, kinds))
 
 
 def add_tuner(model: Any, recipe: Recipe, targets: Targets, steps: int) -> Any:
@@ -29,13 +36,24 @@ def add_tuner(model: Any, recipe: Recipe, targets: Targets, steps: int) -> Any:
     import peft
     import torch
 
-    saved = _saved(model, recipe)
+    if recipe.shifts_base:
+        _check_rank(model, recipe, targets)
+    anatomy = Anatomy(model)  # before PEFT puts layers of its own between
+    frozen = {name for name in anatomy.modules if anatomy.part(name) in recipe.frozen}
+    saved = list(targets.saved)
     common = {"target_modules": list(targets.listed), "modules_to_save": saved or None, "task_type": TASK}
     config = CONFIGS[recipe.method](peft, model, recipe, targets, common, steps)
     try:
         adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=recipe.lora_dtype is None)
     except (ValueError, NotImplementedError, TypeError) as error:  # how PEFT says that a layer or mix is not supported
+        if "ParamWrapper" in str(error) and not targets.parameters:
+            raise _renamed(targets) from error
         raise InputError(f"--train_type {recipe.train_type}: {str(error).splitlines()[0]:.300}") from error
+    tuner: Any = adapted.base_model
+    if set(tuner.targeted_module_names) != set(targets.modules):
+        raise _renamed(targets)
+    if recipe.lora_bias != "none":
+        _freeze_biases(adapted, frozen)
     dtype = getattr(torch, recipe.lora_dtype) if recipe.lora_dtype else torch.float32
     for p in adapted.parameters():
         if p.requires_grad and p.is_floating_point():
@@ -43,21 +61,36 @@ def add_tuner(model: Any, recipe: Recipe, targets: Targets, steps: int) -> Any:
     return adapted
 
 
-def _saved(model: Any, recipe: Recipe) -> list[str]:
-    """Modules that are trained as full copies, presets resolved."""
-    found: list[str] = []
-    anatomy = Anatomy(model)
-    for word in recipe.modules_to_save:
-        if word == "all-embedding":
-            names: tuple[str, ...] = (*anatomy.embeddings, *([anatomy.head] if anatomy.head else []))
-        elif word == "all-norm":
-            names = tuple(n for n, m in anatomy.modules.items() if "norm" in type(m).__name__.lower())
-        else:
-            names = tuple(n for n in anatomy.modules if n == word or n.endswith(f".{word}"))
-        if not names:
-            raise InputError(f"--modules_to_save {word}: {type(model).__name__} has no module of this name")
-        found += shortest(anatomy.modules, names)
-    return sorted(set(found))
+def _renamed(targets: Targets) -> InputError:
+    """PEFT takes these words for experts of older versions of the architecture, whatever layers they name here."""
+    words = " ".join(w for w in targets.listed if w.rpartition(".")[2] in _EXPERT_WORDS)
+    return InputError(
+        f"on this architecture PEFT reads {words or ' '.join(targets.listed)} as names of the experts, and would train "
+        f"these instead of the layers that are meant; leave them out (--exclude_modules {words}), or name the experts "
+        "with --target_parameters"
+    )
+
+
+def _check_rank(model: Any, recipe: Recipe, targets: Targets) -> None:
+    """PiSSA and OLoRA take their pairs out of the weights, which have no more directions than their smaller side.
+
+    Raises InputError.
+    """
+    for name in targets.modules:
+        module = model.get_submodule(name)
+        if recipe.lora_rank > (most := min(module.weight.shape)):
+            raise InputError(
+                f"--lora_rank {recipe.lora_rank}: --init_weights {recipe.init_weights} can take at most {most} "
+                f"directions out of {name}; lower it, or leave the module out with --exclude_modules"
+            )
+
+
+def _freeze_biases(adapted: Any, frozen: Collection[str]) -> None:
+    """PEFT frees every bias of a model; those of modules in `frozen` stay as they are."""
+    for name, p in adapted.get_base_model().named_parameters():
+        module, _, last = name.replace(".base_layer", "").rpartition(".")
+        if last == "bias" and module in frozen:
+            p.requires_grad_(False)
 
 
 def _lora(peft: Any, _model: Any, recipe: Recipe, targets: Targets, common: dict[str, Any], _steps: int) -> Any:
@@ -128,6 +161,6 @@ def free_weights(model: Any, recipe: Recipe) -> Targets:
     anatomy = Anatomy(model)
     for name, p in model.named_parameters():
         p.requires_grad_(anatomy.part(name.rpartition(".")[0]) not in recipe.frozen)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise InputError(f"nothing is left to train: {', '.join(sorted(recipe.frozen))} are frozen")
+    if recipe.freeze_llm:
+        raise InputError("--freeze_llm: rows of text pass no other part, so nothing is left to train")
     return Targets((), ("all weights",) if not recipe.frozen else ())
