@@ -40,10 +40,10 @@ VLLM_PYTHON = HERE.parent / ".venv-vllm/bin/python"
 WEIGHTS = re.compile(r"Loading weights took ([0-9.]+) seconds")
 PROMPT = 32
 CANDIDATES = {
-    "base": "loaded alone by transformers",
-    "live": "base + adapter through PEFT",
+    "base": "loaded alone",
+    "live": "base + adapter beside it",
     "merged": "merged while loading",
-    "exported": "exported, then loaded by transformers",
+    "exported": "exported, then loaded",
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -237,8 +238,11 @@ def test_plain_vllm_finds_the_load_format(base: Path, adapter: Path, exported: P
     script.write_text(PLAIN)
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     command = [sys.executable, str(script), str(base), str(adapter), PROMPTS[0]]
+    began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert f"TEXT {greedy(exported, PROMPTS[0], 40)!r}" in done.stdout, done.stderr[-2000:]
+    took = re.search(r"Loading weights took ([0-9.]+) seconds", done.stdout + done.stderr)  # what vLLM's log says
+    assert took and 0 <= float(took[1]) < time.monotonic() - began
 
 
 def test_embeddings_are_those_of_transformers(base: Path, adapter: Path, exported: Path) -> None:

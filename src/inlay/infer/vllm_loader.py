@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -195,6 +196,7 @@ def register() -> None:
             _local(self.merge.base or model_config.model, model_config.revision)
 
         def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+            self.counter_before_loading_weights = time.perf_counter()  # for vLLM's log
             plan = self.merge.make_plan(_local(model_config.model, model_config.revision))
             if problems := config_problems(plan, model_config.hf_config.to_dict()):
                 raise InputError(
