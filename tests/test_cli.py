@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -596,3 +597,31 @@ def test_output_that_is_no_utf8_makes_no_traceback(place: Path) -> None:
     done = subprocess.run(words, capture_output=True, env=env)
     assert b"Traceback" not in done.stderr
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (("plan", "--model", "base"), "1"),
+        (("export", "--model", "base", "--adapters", "a", "--merge_lora", "true", "--output_dir", "out"), "1"),
+        (("verify", "--model", "base", "--adapters", "a", "--merged", "out", "--behaviour", "true"), None),
+        (("sft", "--model", "base", "--dataset", "d.jsonl"), None),
+        (("infer", "--model", "base", "--prompt", "The"), None),
+        (("export", "--model", "base", "--quant_method", "awq", "--output_dir", "out"), None),
+    ],
+)
+def test_a_merge_takes_one_thread_a_product_and_a_model_takes_all(
+    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], wanted: str | None
+) -> None:
+    """PyTorch takes MKL_NUM_THREADS for its own number of threads: training would have one."""
+    names = ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in names})
+    seen: list[str | None] = []
+
+    def run(_: Any) -> int:
+        seen.extend(os.environ.get(name) for name in names)
+        return 0
+
+    monkeypatch.setattr("inlay.cli.main.import_module", lambda _: SimpleNamespace(run=run))
+    assert main(words) == 0
+    assert seen == [wanted, wanted]

@@ -64,10 +64,10 @@ def _command(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _run(command: str, args: Namespace) -> int:
-    # One thread per matrix product: the threads of a merge each have a block of their own.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    if command not in inference.COMMANDS:  # torch takes this for its own number of threads
-        os.environ.setdefault("MKL_NUM_THREADS", "1")
+    if not _runs_a_model(command, args):
+        # One thread per matrix product: the threads of a merge each have a block of their own.
+        for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ.setdefault(name, "1")
     from inlay.errors import CheckFailed, InlayError
 
     try:
@@ -80,8 +80,15 @@ def _run(command: str, args: Namespace) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; a merge goes on from what is finished when it is started again", file=sys.stderr)
+        goes_on = "; a merge goes on from what is finished when it is started again" if command == "export" else ""
+        print(f"interrupted{goes_on}", file=sys.stderr)
         return 130
+
+
+def _runs_a_model(command: str, args: Namespace) -> bool:
+    """Whether PyTorch computes, which takes those variables for its own number of threads."""
+    of_export = getattr(args, "quant_method", None) is not None  # calibration runs the model
+    return command in inference.COMMANDS or command == "sft" or getattr(args, "behaviour", None) is True or of_export
 
 
 def run() -> None:
