@@ -79,10 +79,15 @@ def _installed() -> Iterator[None]:
 
 
 def quiet() -> None:
-    """vLLM's log goes to stderr, errors only, and it reports no usage; the user's own settings win."""
+    """vLLM's log goes to stderr, errors only, and it reports no usage; the user's own settings win.
+
+    Its processes do not repeat what their libraries warn of: names to come, and how memory is bound.
+    """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def _check(source: Source) -> None:
