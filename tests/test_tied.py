@@ -96,6 +96,19 @@ TABLE = (
         stays=False,
         model="gpt2-tied",
     ),
+    # PEFT ties what is called embed_tokens or lm_head only, whatever ensure_weight_tying says
+    _case(
+        "gpt2-tying-embed",
+        lora("wte", "c_attn", fan_in_fan_out=True, ensure_weight_tying=True),
+        stays=False,
+        model="gpt2-tied",
+    ),
+    _case(
+        "gpt2-tying-saved-embed",
+        lora("c_attn", modules_to_save=["wte"], fan_in_fan_out=True, ensure_weight_tying=True),
+        stays=False,
+        model="gpt2-tied",
+    ),
     _case("bert-embed", lora("word_embeddings", "query"), stays=False, model="bert-masked"),
     _case("bert-head", lora("decoder", "query"), stays=False, model="bert-masked"),
     _case(
@@ -148,6 +161,18 @@ def test_merged_directory_computes_what_the_adapted_model_does(kit: Kit, case: T
     wanted = model(adapted)
     merged = merge(base, adapters, tmp_path / "merged")
     assert_computes(kit, case.model, wanted, merged, model(model.load(base)))
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["wte", "lm_head"]])
+def test_a_pair_for_each_end_of_a_tie_acts_once(kit: Kit, targets: list[str], tmp_path: Path) -> None:
+    """PEFT saves both ends, and forgets the tie when it loads them again: the yardstick is the model that was saved."""
+    model, base = MODELS["gpt2-tied"], kit.base("gpt2-tied")
+    adapted = new_peft_model(model.load(base), {"r": 3, **lora(*targets, ensure_weight_tying=True)}, 100)
+    adapter = save_adapter(adapted, tmp_path / "adapter")
+    wanted = model(adapted)
+    merged = merge(base, [adapter], tmp_path / "merged")
+    assert_computes(kit, "gpt2-tied", wanted, merged, model(model.load(base)))
+    assert not read(merged).keys() - read(base).keys()
 
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)

@@ -18,6 +18,7 @@ from inlay.plan.combine import Draft
 from inlay.plan.placer import Contribution, embedding_key
 from inlay.plan.steps import AnyStep, Step
 
+TYING_NAMES = ("embed_tokens", "lm_head")  # PEFT's EMBEDDING_LAYER_NAMES
 HEADLESS_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
@@ -75,7 +76,7 @@ def _settle(
     notes: list[str],
 ) -> Untied | None:
     one, other = drafts.pop(embedding, Draft()), drafts.pop(head, Draft())
-    both_meant = {c.position for c in contributions if c.adapter.config.ensure_weight_tying}
+    both_meant = {c.position for c in contributions if _heeded_tying(c, {embedding, head})}
     # A copy that modules_to_save does not list is the model's own embedding, resized before training.
     own_copies = {c.position for c in contributions if {embedding, head} & (c.copies.keys() - c.saved)}
     one, other = (
@@ -96,6 +97,14 @@ def _settle(
         f"{'both ends differently' if one.changed and other.changed else 'one end only'}"
     )
     return Untied({head: embedding})
+
+
+def _heeded_tying(found: Contribution, ends: set[str]) -> bool:
+    """Whether PEFT did as `ensure_weight_tying` says: of others than these names it trains one end, unless both were
+    targeted, and then the file has a pair for each."""
+    touched = found.keys & ends
+    named = any(key.removesuffix(".weight").rpartition(".")[2] in TYING_NAMES for key in touched)
+    return found.adapter.config.ensure_weight_tying and (named or len(touched) == len(ends))
 
 
 def _share(end: Draft, opposite: Draft, both_meant: set[int], own_copies: set[int]) -> Draft:
