@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from inlay.datasets.files import read_records
 from inlay.datasets.read import Source, read_dataset
 from inlay.datasets.row import BadRow, make_row
 from inlay.errors import InputError
@@ -174,7 +175,9 @@ def test_an_empty_dataset_is_refused(tmp_path: Path, name: str, content: str) ->
         ("d.parquet", b"not parquet", "not Parquet"),
         ("d.json", b"7", "array of rows"),
         ("d.json", b"[{]", "not JSON"),
-        ("d.jsonl", b"\xff\xfe{", "not UTF-8"),
+        ("d.jsonl", "{}\n".encode("utf-16"), "UTF-16; save it as UTF-8"),
+        ("d.json", b'[\n{"query": "\xe4"}]', r"d\.json:2: is not UTF-8 text \(byte 0xe4 at 11 of the line\)"),
+        ("d.csv", b"qu\xe9ry,response\na,b\n", r"d\.csv:1: is not UTF-8 text \(byte 0xe9\)"),
         ("d.csv", b'query,response\n"a,b\n', "not CSV"),
     ],
 )
@@ -183,6 +186,38 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content:
     with pytest.raises(InputError, match=message) as found:
         read_dataset(str(tmp_path / name))
     assert name in str(found.value)
+
+
+# A byte of Latin-1 in the second row of three. It stands in the third line.
+SPOILT = {
+    "d.jsonl": b'\n{"query": "a", "response": "b"}\n{"query": "\xe9", "response": "b"}\n{"query": "\xc3\xa9", "response": "b"}\n',
+    "d.json": b'\n{"query": "a", "response": "b"}\n{"query": "\xe9", "response": "b"}\n{"query": "\xc3\xa9", "response": "b"}\n',
+    "d.csv": b'query,response\n"a",b\n\xe9,b\n\xc3\xa9,"b\n"\n',
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_byte_that_is_no_text_spoils_its_own_row_only(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(SPOILT[name])
+    with pytest.raises(InputError) as found:
+        read_dataset(str(path))
+    first, *bad = str(found.value).splitlines()
+    assert first.endswith("(1 bad row)")
+    assert len(bad) == 1 and bad[0].startswith(f"  {path}:3  is not UTF-8 text (byte 0xe9")
+    kept = [make_row(raw, where).messages[0]["content"] for where, raw in read_records(path) if isinstance(raw, dict)]
+    assert kept == ["a", "é"]
+
+
+def test_a_row_of_parquet_that_is_no_text_is_a_bad_row(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    words = pyarrow.array([b"a", b"\xe9", b"c"], pyarrow.binary())
+    text = pyarrow.StringArray.from_buffers(3, *words.buffers()[1:])
+    parquet.write_table(pyarrow.table({"query": text, "response": text}), tmp_path / "d.parquet")
+    with pytest.raises(InputError, match=r"1 bad row\)\n.*row 2  is not UTF-8 text"):
+        read_dataset(str(tmp_path / "d.parquet"))
 
 
 # --- names ------------------------------------------------------------------------------------------

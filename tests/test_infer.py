@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import inlay
-from cases import MODELS, Kit, edit_json, load_peft, new_peft_model, save_adapter, third_party
-from chatty import GREEDY, ask, logits, source_of, talking
+from cases import MODELS, Kit, edit_json, load_peft, new_peft_model, randomise, save_adapter, third_party
+from chatty import GREEDY, add_tokenizer, ask, logits, source_of, talking
 from inlay.cli.inference import engine_words
 from inlay.cli.main import main
 from inlay.datasets.row import make_row
@@ -658,6 +658,19 @@ def test_a_bad_row_is_named_and_left_out_or_stops(
     assert f"{data}:2" in capsys.readouterr().err and not out.exists()
 
 
+def test_a_byte_that_is_no_text_spoils_its_own_row(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "d.jsonl", tmp_path / "r.jsonl"
+    data.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n{"prompt": "b"}\n')
+    options = ("--model", base, "--val_dataset", data, "--result_path", out, "--max_new_tokens", 2)
+    assert infer(*options, "--strict", "true") == 2 and not out.exists()
+    assert f"{data}:2  is not UTF-8 text" in capsys.readouterr().err
+    assert infer(*options) == 0
+    assert f"{data}:2  is not UTF-8 text" in capsys.readouterr().err
+    assert [r["line"] for r in results(out)] == [f"{data}:1", f"{data}:3"]
+
+
 def test_tools_of_a_row_reach_the_template(kit: Kit, tmp_path: Path) -> None:
     template = "{% for t in tools or [] %}{{ t.name }}:{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"
     backend = TorchBackend(source_of(talking(kit, tmp_path, template=template)))
@@ -827,6 +840,30 @@ def test_embeddings_are_pooled_as_the_checkpoint_says(
         torch.testing.assert_close(torch.tensor(vector), pooled / pooled.norm(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "context"), [("Roberta", 30), ("MPNet", 32), ("Bert", 34), ("GPT2", 34)])
+def test_a_text_may_fill_all_positions_that_a_model_has_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, context: int
+) -> None:
+    """34 rows of positions: RoBERTa numbers tokens from its padding (3) + 1 on, MPNet from 2 on, the others from 0."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=34, pad_token_id=3, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    with third_party():
+        getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path / "base")
+    base = add_tokenizer(tmp_path / "base")
+    rows = [{"prompt": "a" * n} for n in (context - 1, context)]  # and <s> before them
+    out = tmp_path / "r.jsonl"
+    options = ("--model", base, "--task_type", "embedding", "--result_path", out, "--max_batch_size", 2)
+    assert infer(*options, "--val_dataset", dataset(tmp_path / "d.jsonl", rows)) == 0
+    assert f"d.jsonl:2  the text has {context + 1} tokens, and the model takes {context}" in capsys.readouterr().err
+    assert [r["line"] for r in results(out)] == [f"{tmp_path}/d.jsonl:1"]
+    assert infer("--model", base, "--task_type", "embedding", "--prompt", "a" * context) == 2
+    assert "shorten it" in capsys.readouterr().err
+
+
 def test_what_ends_a_text_is_part_of_what_is_embedded(kit: Kit, tmp_path: Path) -> None:
     """RoBERTa's `</s>`, and the end that embedding models pool; only a text that is to go on is without it."""
     from tokenizers import processors
@@ -903,6 +940,122 @@ def test_code_of_a_checkpoint_is_not_run_unless_told(
     )
     assert infer("--model", base, "--prompt", "a") == 2
     assert "--trust_remote_code true" in capsys.readouterr().err and not marker.exists()
+
+
+OWN = {
+    "configuration_own.py": """
+from transformers import PretrainedConfig
+
+
+class OwnConfig(PretrainedConfig):
+    model_type = "own-tiny"
+
+    def __init__(self, vocab_size=40, hidden_size=16, max_position_embeddings=32, **more):
+        self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, 1
+        self.max_position_embeddings = max_position_embeddings
+        super().__init__(**{"tie_word_embeddings": False, **more})
+""",
+    "modeling_own.py": """
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_own import OwnConfig
+
+
+class OwnForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.inner = nn.Linear(config.hidden_size, config.hidden_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        return {"input_ids": input_ids}
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        return CausalLMOutputWithPast(logits=self.lm_head(self.inner(self.embed_tokens(input_ids).cumsum(1)).sin()))
+""",
+}
+
+
+def test_a_class_of_the_checkpoints_own_runs_when_it_is_told_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    base = tmp_path / "base"
+    base.mkdir()
+    for name, code in OWN.items():
+        (base / name).write_text(code)
+    add_tokenizer(base)
+    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    with third_party():
+        config, cls = (get_class_from_dynamic_module(c, str(base)) for c in classes.values())
+        model = cls(config(architectures=["OwnForCausalLM"]))
+        randomise(model, 1)
+        model.save_pretrained(base)
+    edit_json(base / "config.json", auto_map=classes)
+    adapted = new_peft_model(model, {"r": 3, "target_modules": ["inner", "lm_head"]}, 4)
+    adapter = save_adapter(adapted, tmp_path / "a", copies=False)
+    options = ("--model", base, "--adapters", adapter)
+    prompts = dataset(tmp_path / "p.jsonl", [{"prompt": "one"}, {"prompt": "two"}])
+    checks = ("--prompts", prompts, "--new_tokens", 4, "--draws", 1)
+    for command in (["infer", "--prompt", "a"], ["serve", "--port", 0], ["compare", *checks]):
+        capsys.readouterr()
+        assert main([str(w) for w in (*command, *options)]) == 2
+        said = capsys.readouterr().err
+        assert "pass --trust_remote_code true" in said and "own-tiny" in said and "You are using" not in said
+    wanted = logits(adapted)
+    for merge in (False, True):
+        backend = TorchBackend(source_of(base, [adapter], trust_remote_code=True, merge=merge))
+        torch.testing.assert_close(logits(backend.model), wanted, rtol=1e-4, atol=1e-4)
+        prompt = (4, 5, 6)
+        with torch.no_grad():
+            token = int(adapted(input_ids=torch.tensor([prompt])).logits[0, -1].argmax())
+        reply = backend.generate([Request(prompt, Sampling(max_new_tokens=1, temperature=0))])[0]
+        assert reply.text == backend.tokenizer.decode([token], skip_special_tokens=True)
+    assert main([str(w) for w in ("compare", *options, *checks, "--quiet", "--trust_remote_code", "true")]) == 0
+
+
+# --- devices ----------------------------------------------------------------------------------------
+
+PLACES = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "cpu", "model.norm": "cpu"}
+
+
+@pytest.mark.parametrize(("places", "said"), [
+    ({**PLACES, "model.rotary_emb": "cpu", "lm_hed": "cpu"}, "names lm_hed, which Qwen2ForCausalLM has not; there are lm_head"),
+    ({**PLACES, "model.rotary_emb": "cpu"}, "no device for lm_head;"),
+    ({"model.layers": "cpu", "lm_head": "cpu"}, "no device for model.embed_tokens, model.norm, model.rotary_emb;"),
+    ({"": "gpu"}, "'gpu' is not a device"),
+    ({"": "cuda:99"}, "this machine has"),
+    ({"": 99}, "this machine has"),
+    ({"": "meta"}, "meta"),
+    ({"": None}, "which is no device"),
+    ({}, "is empty"),
+])  # fmt: skip
+def test_a_device_for_each_module_names_all_of_them_and_no_others(
+    base: Path, places: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert infer("--model", base, "--prompt", "a", "--device_map", json.dumps(places)) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_modules_go_where_the_map_puts_them(kit: Kit, tmp_path: Path, tied: bool) -> None:
+    base = talking(kit, tmp_path, "qwen2-tied" if tied else "qwen2")
+    (tmp_path / "map.json").write_text(json.dumps({"model": "cpu"} if tied else {"model": "cpu", "lm_head": "cpu"}))
+    backend = TorchBackend(source_of(base, device_map=str(tmp_path / "map.json")))
+    assert torch.equal(logits(backend.model), logits(TorchBackend(source_of(base)).model))
 
 
 def test_a_missing_extra_is_named(base: Path, monkeypatch: pytest.MonkeyPatch, plain_lora: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from cases import Kit
 from chatty import GREEDY, ask, source_of, talking
 from inlay.cli.main import main
 from inlay.errors import InputError
+from inlay.infer import serve
 from inlay.infer.backend import Reply, Request, Serving
 from inlay.infer.chat import prompt_tokens
 from inlay.infer.pt import TorchBackend
@@ -321,6 +322,31 @@ def test_a_client_that_goes_away_while_it_asks_is_no_error(
     assert not [r for r in caplog.records if r.name.startswith("uvicorn") and r.exc_info]
 
 
+UNFINISHED = b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n{"pro'
+
+
+def test_a_request_that_does_not_come_whole_is_ended(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte within the time, and all of them not; others are answered meanwhile."""
+    monkeypatch.setattr(serve, "BODY_SECONDS", 1.0)
+    with running(backend_of(backend), replace(SERVING, api_key=None)) as url:
+        port = int(url.split(":")[2].split("/")[0])
+        with socket.create_connection(("127.0.0.1", port)) as slow:
+            slow.sendall(UNFINISHED)
+            slow.settimeout(0.1)
+            answer, end = b"", time.monotonic() + 20
+            assert httpx2.get(f"{url}/models").status_code == 200
+            while time.monotonic() < end:
+                with suppress(TimeoutError):
+                    if not (piece := slow.recv(4096)):
+                        break
+                    answer += piece
+                with suppress(OSError):  # closed at the other end
+                    slow.sendall(b" ")
+            else:
+                raise AssertionError("the connection was left open")
+    assert answer.startswith(b"HTTP/1.1 408") and b"did not come whole within 1.0 seconds" in answer
+
+
 def test_a_port_in_use_is_refused_before_loading(capsys: pytest.CaptureFixture[str], kit: Kit, tmp_path: Path) -> None:
     base = talking(kit, tmp_path)
     (base / "tokenizer.json").unlink()  # loading would stumble over it
@@ -347,8 +373,9 @@ def test_it_listens_on_this_machine_only_unless_told_otherwise() -> None:
         listen("no.such.host.invalid", 0)
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_cleanly(kit: Kit, tmp_path: Path, sign: int) -> None:
+@pytest.mark.parametrize(("sign", "hangs"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_a_signal_ends_it_cleanly(kit: Kit, tmp_path: Path, sign: int, hangs: bool) -> None:
+    """Also while a client keeps the rest of its request to itself."""
     base = talking(kit, tmp_path)
     environment = {**os.environ, "INLAY_API_KEY": "k", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "inlay", "serve", "--model", str(base), "--port", "0"]
@@ -364,6 +391,10 @@ def test_a_signal_ends_it_cleanly(kit: Kit, tmp_path: Path, sign: int) -> None:
             except httpx2.HTTPError:
                 time.sleep(0.05)
         assert httpx2.get(f"{url}/models").status_code == 401
-        process.send_signal(sign)
-        assert process.wait(60) == 0
+        with socket.create_connection(("127.0.0.1", int(url.split(":")[2].split("/")[0]))) as hanging:
+            if hangs:
+                hanging.sendall(UNFINISHED.replace(b"Host: x", b"Host: x\r\nAuthorization: Bearer k"))
+                time.sleep(0.5)
+            process.send_signal(sign)
+            assert process.wait(60) == 0
         assert "Traceback" not in process.stderr.read()

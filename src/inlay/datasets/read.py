@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from inlay.datasets.files import READERS, NotJson, Record, read_records
+from inlay.datasets.files import READERS, BadRecord, Record, read_records
 from inlay.datasets.row import BadRow, Row, make_row
 from inlay.errors import InputError
 
@@ -55,7 +55,7 @@ def read_rows(records: Iterable[Record], *, answers: bool = True) -> list[Row]:
     problems: list[str] = []
     for where, raw in records:
         try:
-            if isinstance(raw, NotJson):
+            if isinstance(raw, BadRecord):
                 raise BadRow(str(raw))
             row = make_row(raw, where)
             if answers:

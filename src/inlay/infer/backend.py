@@ -220,3 +220,11 @@ def check_length(request: Request, context: int | None) -> int:
             f"{context}. Shorten the prompt, or lower --max_new_tokens"
         )
     return asked or min(room, DEFAULT_NEW_TOKENS)
+
+
+def check_text(tokens: Sequence[int], context: int | None) -> None:
+    """Raises InputError for a text that nothing can be made of, as it is empty or longer than the model takes."""
+    if not tokens:
+        raise InputError("the text is empty: not one token")
+    if context is not None and len(tokens) > context:
+        raise InputError(f"the text has {len(tokens)} tokens, and the model takes {context}; shorten it")

@@ -20,11 +20,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from inlay.datasets.files import NotJson, read_records
+from inlay.datasets.files import BadRecord, read_records
 from inlay.datasets.row import BadRow, Row, make_row
 from inlay.digests import digest_json
 from inlay.errors import InputError, OutputError
-from inlay.infer.backend import CAUSAL, Backend, Request, Sampling, check_length
+from inlay.infer.backend import CAUSAL, Backend, Request, Sampling, check_length, check_text
 from inlay.infer.chat import NoTemplate, prompt_tokens, text_tokens
 
 LINE = b'{"line": '  # how each line begins
@@ -54,7 +54,7 @@ def read_prompts(files: Sequence[Path], warn: Warn | None) -> list[Row]:
             raise InputError(f"{file}: is given twice")
         for where, raw in read_records(file):
             try:
-                if isinstance(raw, NotJson):
+                if isinstance(raw, BadRecord):
                     raise BadRow(str(raw))
                 rows.append(make_row(_with_answer(raw), where))
             except BadRow as error:
@@ -87,7 +87,10 @@ def make_requests(
                     backend.tokenizer, list(row.prompt), system, use_template, tools=row.tools, closed=closed
                 )
             request = Request(tokens, sampling)
-            check_length(request, backend.context)
+            if closed:
+                check_text(tokens, backend.context)
+            else:
+                check_length(request, backend.context)
         except NoTemplate:
             raise
         except InputError as error:

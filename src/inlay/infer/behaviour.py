@@ -190,7 +190,7 @@ class _Check:
         try:
             live.check_request(self.source)
             model = self._load_base()
-            self._check_context(model.config)
+            self._check_context(model)
             wrapped = live.with_adapters(model, self.source)
         except live.Unfit as reason:
             raise InputError(
@@ -203,8 +203,8 @@ class _Check:
         self.texts["adapters"] = self._texts(replies)
         self.reference = [_logits(inner, sequence) for sequence in self.sequences]
 
-    def _check_context(self, config: Any) -> None:
-        context = context_of(config)
+    def _check_context(self, model: Any) -> None:
+        context = context_of(model.config, None, model)
         for row, prompt in zip(self.rows, self.prompts, strict=True):
             try:
                 check_length(Request(prompt, Sampling(max_new_tokens=self.new_tokens)), context)

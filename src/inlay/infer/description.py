@@ -6,8 +6,10 @@ They are read where they lie, with the few edits that the plan makes; code of a 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,24 @@ from inlay.keys.memory import IGNORED
 from inlay.output.json_edit import edit_json
 from inlay.plan.sidecars import CONFIG, TOKENIZER_FILES
 from inlay.plan.types import Plan
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' report, which comes back as values, and its progress bar where nobody sees it move."""
+    import transformers
+
+    logging: Any = transformers.logging
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def last_line(error: Exception) -> str:
@@ -129,20 +149,39 @@ def read_tokenizer(plan: Plan, trust_remote_code: bool = False) -> Any:
             for name, path in files.items():
                 (folder / name).symlink_to(path.absolute())
         try:
-            return transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
-            )
+            with quiet():  # it warns of a config that it does not know, which is told when the model is loaded
+                return transformers.AutoTokenizer.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=trust_remote_code
+                )
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise InputError(f"{plan.base_name}: no tokenizer can be read ({last_line(error)})") from error
 
 
-def context_of(config: Any, lower: int | None = None) -> int | None:
-    """Tokens that a model takes, by its config, or `lower` where that is less. Raises InputError where it is more."""
+def context_of(config: Any, lower: int | None = None, model: Any = None) -> int | None:
+    """Tokens that a model takes, by its config, or `lower` where that is less. Raises InputError where it is more.
+
+    With the `model` itself, positions that it leaves unused are taken off.
+    """
     if lower is not None and lower < 1:
         raise InputError(f"--max_model_len must be positive, not {lower}")
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = getattr(text, "max_position_embeddings", None)
     own = int(found) if isinstance(found, int) and found > 0 else None
+    if model is not None and (taken := _numbered(model)) is not None:
+        own = taken if own is None else min(own, taken)
     if lower is not None and own is not None and lower > own:
         raise InputError(f"--max_model_len {lower} is more than the {own} tokens that the model was made for")
     return lower or own
+
+
+def _numbered(model: Any) -> int | None:
+    """Tokens that a table of positions has numbers for, where it keeps some for padding; None for all other models.
+
+    RoBERTa and its kin number tokens from `padding_idx` + 1 on, so that 514 rows serve 512 tokens.
+    """
+    import torch
+
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            return None if module.padding_idx is None else module.num_embeddings - module.padding_idx - 1
+    return None

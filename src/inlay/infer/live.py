@@ -80,15 +80,26 @@ def with_adapters(model: Any, source: Source) -> Any:
 
 def _check_names(model: Any, adapter: Adapter) -> None:
     """Modules and full copies must be those of this class; PEFT drops others, or loads them scaled wrongly."""
-    modules = {name for name, _ in model.named_modules()}
+    modules = dict(model.named_modules())
     # PEFT nests a module that it adapts in several places.
-    if outside := sorted(n for n in adapter.parts if re.sub(r"(\.base_layer)+$", "", n) not in modules):
+    adapted = {name: re.sub(r"(\.base_layer)+$", "", name) for name in adapter.parts}
+    if outside := sorted(n for n, plain in adapted.items() if plain not in modules):
         raise Unfit(f"{adapter.name} names modules as another transformers had them, such as {outside[0]}")
+    if other := sorted(plain for plain in adapted.values() if _does_more(modules[plain])):
+        kind = type(modules[other[0]]).__name__
+        raise Unfit(f"PEFT takes {other[0]} for a plain Linear, and it is a {kind} with a forward of its own")
     held = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     for name, tensor in adapter.full.items():
         own = name.replace(".base_layer", "")
         if held.get(own) != tensor.shape:
             raise Unfit(f"{adapter.name} brings {name} of shape {tensor.shape}, where the model has {held.get(own)}")
+
+
+def _does_more(module: Any) -> bool:
+    """Whether a Linear returns something else than its product, as a router of Llama 4 does."""
+    import torch
+
+    return isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward
 
 
 def _check_loaded(wrapped: Any, name: str, adapter: Adapter) -> None:

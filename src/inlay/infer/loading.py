@@ -10,8 +10,6 @@ what they return becomes the parameter itself. So, for every plan:
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,7 +19,8 @@ from inlay.checkpoints.spans import SpanReader
 from inlay.errors import InlayError, InputError
 from inlay.extras import needs
 from inlay.infer.backend import CAUSAL
-from inlay.infer.description import last_line, model_class, read_config, read_sidecar
+from inlay.infer.description import last_line, model_class, quiet, read_config, read_sidecar
+from inlay.infer.devices import check_places, place
 from inlay.plan.types import Coded, Entry, Plan
 from inlay.run.tensors import merged_tensor
 
@@ -107,11 +106,14 @@ def load_model(
     config = read_config(plan, trust_remote_code)
     cls = model_class(config, task, plan, trust_remote_code)
     wanted = dtype or _own_dtype(plan, config)
+    where = place(device_map)
+    if isinstance(where, dict) and "" not in where:
+        check_places(where, cls, config)
     try:
-        with _quiet(), tensors(plan, finish) as state:
+        with quiet(), tensors(plan, finish) as state:
             options = {"attn_implementation": attn_impl} if attn_impl else {}
             model, info = cls.from_pretrained(
-                None, config=config, state_dict=state, dtype=getattr(torch, wanted), device_map=place(device_map),
+                None, config=config, state_dict=state, dtype=getattr(torch, wanted), device_map=where,
                 output_loading_info=True, **options,
             )  # fmt: skip
     except InlayError:
@@ -130,24 +132,6 @@ def load_model(
         (f"{cls.__name__} has no place for {len(left)} tensors, such as {left[0]}",) if left and task == CAUSAL else ()
     )
     return model.eval(), notes
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' report, which comes back as values, and its progress bar where nobody sees it move."""
-    import transformers
-
-    logging: Any = transformers.logging
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _check_whole(plan: Plan, cls: str, info: Mapping[str, Any]) -> None:
@@ -170,32 +154,3 @@ def _own_dtype(plan: Plan, config: Any) -> str:
         return str(config.dtype).removeprefix("torch.")
     found = next((e.dtype for e in plan.entries.values() if e.dtype.mergeable), None)
     return found.torch if found else "float32"
-
-
-def place(device_map: str | None) -> Any:
-    """`device_map` as transformers takes it. Nothing given: the first GPU, or the CPU. Raises InputError."""
-    import torch
-
-    if device_map is None:
-        return {"": "cuda:0"} if torch.cuda.is_available() else None
-    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return device_map
-    text = (
-        Path(device_map).read_text("utf-8")
-        if device_map.endswith(".json") and Path(device_map).is_file()
-        else device_map
-    )
-    if text.lstrip().startswith("{"):
-        try:
-            return dict(json.loads(text))
-        except ValueError as error:
-            raise InputError(f"--device_map is not JSON: {error}") from None
-    try:
-        device = torch.device(device_map)
-        known = torch.get_device_module(device)
-    except RuntimeError:
-        raise InputError(f"--device_map {device_map!r} is not a device; use auto, cpu, cuda:0 or JSON") from None
-    count = known.device_count() if known.is_available() else 0
-    if (device.index or 0) >= count:
-        raise InputError(f"--device_map {device_map}: this machine has {count} such devices")
-    return {"": device_map}

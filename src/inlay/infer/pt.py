@@ -28,6 +28,7 @@ from inlay.infer.backend import (
     Serving,
     Source,
     check_length,
+    check_text,
 )
 from inlay.infer.description import context_of, last_line, read_tokenizer
 from inlay.infer.growing import GrowingReply, stop_criterion
@@ -87,7 +88,7 @@ class TorchBackend:
         self.peft: Any = None
         self._notes = list(self.plan.warnings)
         self.model = self._load()
-        self.context = context_of(self.model.config, source.max_model_len)
+        self.context = context_of(self.model.config, source.max_model_len, self.model)
         self._cancel = threading.Event()
 
     @property
@@ -249,7 +250,7 @@ class TorchBackend:
         if self.source.task == CAUSAL:
             raise InputError("a model for text makes no vectors; give --task_type embedding or seq_cls")
         for prompt in prompts:
-            check_length(Request(prompt, Sampling(max_new_tokens=1)), self.context and self.context + 1)
+            check_text(prompt, self.context)
         how = pooling_of(self.plan, self.model.config) if self.source.task == EMBEDDING else None
         return vectors(self.model, prompts, how, self._padding_token())
 

@@ -40,6 +40,7 @@ from inlay.infer.openai_api import (
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
+BODY_SECONDS = 60  # for the body of a request to come
 GRACE_SECONDS = 5  # for replies that are being made when the server is told to stop
 
 
@@ -113,7 +114,9 @@ async def _refuse(_: Any, error: Exception) -> Any:
     from starlette.responses import JSONResponse
 
     known = error if isinstance(error, Refused) else Refused(400, str(error))
-    return JSONResponse({"error": error_object(known)}, known.status)
+    # What is left of a body that was not read to its end must not be taken for the next request.
+    headers = {"connection": "close"} if known.status in (408, 413) else None
+    return JSONResponse({"error": error_object(known)}, known.status, headers)
 
 
 class _Endpoint:
@@ -175,12 +178,17 @@ class _Endpoint:
         self._authorise(http)
         limit, content = self.serving.max_body_bytes, bytearray()
         try:
-            async for chunk in http.stream():
-                content += chunk
-                if len(content) > limit:
-                    raise Refused(413, f"the request is larger than {limit} bytes")
+            async with asyncio.timeout(BODY_SECONDS):
+                async for chunk in http.stream():
+                    content += chunk
+                    if len(content) > limit:
+                        raise Refused(413, f"the request is larger than {limit} bytes")
+        except TimeoutError:
+            raise Refused(408, f"the request did not come whole within {BODY_SECONDS} seconds") from None
         except ClientDisconnect:
             raise gone() from None
+        except asyncio.CancelledError:  # uvicorn ends, and has waited for long enough
+            raise shutting_down() from None
         try:
             body = json.loads(bytes(content))
         except (ValueError, RecursionError) as error:

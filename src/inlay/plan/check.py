@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from inlay.adapters.adapter import Adapter
@@ -39,6 +41,7 @@ def check_adapters(base: Checkpoint, contributions: Sequence[Contribution], find
     """The problems of each adapter, and what is remarkable about it."""
     for found in contributions:
         findings.problems += found.problems
+        findings.problems += _copied_experts(base, found)
         _check_values(found, findings)
         findings.warnings += _missing_targets(found) + _missing_parameters(found)
         if head := found.adapter.value_head:
@@ -52,6 +55,19 @@ def check_adapters(base: Checkpoint, contributions: Sequence[Contribution], find
         findings.notes += _notes(found)
 
 
+def _copied_experts(base: Checkpoint, found: Contribution) -> list[Problem]:
+    """Full copies of experts that are one tensor in memory, and on disk a tensor each: no model would read them."""
+    return [
+        Problem(
+            key,
+            "a full copy of experts (modules_to_save) as they are in memory, and the base has them in other tensors; "
+            "this is not supported. Train them as target_parameters",
+        )
+        for key in sorted(found.copies)
+        if ".experts." in key and key not in base.tensors
+    ]
+
+
 def _nothing(found: Contribution) -> str:
     """Why an adapter without parts of any module cannot be merged."""
     config = found.adapter.config
@@ -63,11 +79,25 @@ def _nothing(found: Contribution) -> str:
 
 def _hints(base: Checkpoint, found: Contribution) -> list[str]:
     hints = []
-    if named := found.adapter.base_model:
+    named = found.adapter.base_model
+    if named and os.path.realpath(named) != os.path.realpath(base.path):
         hints.append(f"{found.adapter.name} names {named} as its base; this is {base.path}.")
+    elif found.adapter.fingerprint:
+        hints.append(f"{found.adapter.name} was trained on {base.path}; {since_training(base, found.adapter)}.")
     if found.hint:
         hints.append(f"Other names than those of the files were not looked for: {found.hint}.")
     return hints
+
+
+def since_training(base: Checkpoint, adapter: Adapter) -> str:
+    """What the adapter's record tells of how this base differs from the one that it was trained on: its headers."""
+    if adapter.fingerprint["headers"] == base.fingerprint:
+        return "names, types and shapes of its tensors are as they were then"
+    touched = adapter.fingerprint["tensors"]
+    gone = sorted(key for key in touched if key not in base.on_disk.tensors)
+    if not gone:
+        return "names, types or shapes of its tensors are others now, though it still has all that the adapter changes"
+    return f"{len(gone)} of the {len(touched)} tensors that the adapter changes are not there now, such as {gone[0]}"
 
 
 def _notes(found: Contribution) -> list[str]:
@@ -106,12 +136,24 @@ def _check_values(found: Contribution, findings: Findings) -> None:
 def _missing_targets(found: Contribution) -> list[str]:
     """Modules that the config lists and the file has nothing for: the training saved less than it should have."""
     listed = found.adapter.config.raw.get("target_modules")
-    modules = found.adapter.parts
+    excluded = found.adapter.config.raw.get("exclude_modules") or []
+    modules = [*found.adapter.parts, *(name.rpartition(".")[0] for name in found.adapter.full)]
     return [
         f"{found.adapter.name}: target_modules lists {name!r}, the file has nothing for it"
         for name in (listed if isinstance(listed, list) else [])
-        if isinstance(name, str) and not any(m == name or m.endswith("." + name) for m in modules)
+        if isinstance(name, str) and not _names_any(name, modules) and not _is_excluded(name, excluded)
     ]
+
+
+def _names_any(name: str, modules: Iterable[str]) -> bool:
+    return any(m == name or m.endswith("." + name) for m in modules)
+
+
+def _is_excluded(module: str, excluded: str | Sequence[str]) -> bool:
+    """Whether `exclude_modules` takes this module out, by PEFT's rule: a pattern for the whole name, or last words."""
+    if isinstance(excluded, str):
+        return re.fullmatch(excluded, module) is not None
+    return any(_names_any(name, [module]) for name in excluded)
 
 
 def _missing_parameters(found: Contribution) -> list[str]:
@@ -128,7 +170,10 @@ def check_base(base: Checkpoint, adapters: Sequence[Adapter], findings: Findings
     for i, adapter in enumerate(adapters):
         recorded = adapter.fingerprint.get("headers")
         if recorded and recorded != base.fingerprint:
-            what = f"was trained on another base: recorded {recorded}, this one is {base.fingerprint}"
+            what = (
+                f"was trained on another base: recorded {recorded}, this one is {base.fingerprint}; "
+                f"{since_training(base, adapter)}"
+            )
             findings.problems.append(Problem(adapter.name, what))
         if (tokens := adapter.fingerprint.get("tokenizer")) and tokens != tokenizer_digest(base.path):
             findings.warnings.append(
