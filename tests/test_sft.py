@@ -470,19 +470,6 @@ def test_a_template_without_an_end_is_given_one_to_learn(encoder: Callable[..., 
     assert spelled(example.ids) == "ab!cd!<end>" and spelled(example.labels) == "___cd!<end>"
 
 
-def test_an_answer_that_a_template_rewrites_later_is_counted_and_not_learned(encoder: Callable[..., Encoder]) -> None:
-    """As templates of thinking models do, which drop the thoughts of earlier turns."""
-    made = encoder()
-    made.tokenizer.chat_template = (
-        "{% for m in messages %}{% if m['role'] == 'user' %}<user>{{ m['content'] }}<end>{% else %}"
-        "<bot>{% if loop.last %}?{% endif %}{{ m['content'] }}<end>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<bot>{% endif %}"
-    )
-    (example,), counts = made.encode([of("a", "b", "c", "d")])
-    assert spelled(example.ids) == "<user>a<end><bot>b<end><user>c<end><bot>?d<end>"
-    assert spelled(example.labels) == "_" * 10 + "?d<end>" and counts.unlearned_turns == 1
-
-
 def test_longer_rows_are_left_out_or_cut(encoder: Callable[..., Encoder]) -> None:
     rows = [of("ab", "cdefgh"), of("a", "b")]
     examples, counts = encoder(8, "delete").encode(rows)

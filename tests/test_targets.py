@@ -10,7 +10,8 @@ import pytest
 import families
 from cases import MODELS
 from inlay.errors import InputError
-from inlay.train.targets import ALIGNER, TEXT, VISION, Anatomy, Asked, Targets, resolve
+from inlay.train.anatomy import ALIGNER, TEXT, VISION, Anatomy
+from inlay.train.targets import Asked, Targets, resolve
 
 assert families.FAMILIES
 

@@ -6,6 +6,8 @@ import json
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -188,3 +190,40 @@ def test_a_disk_that_is_full_leaves_no_half_checkpoint(base: Path, tmp_path: Pat
     assert code == 2 and "checkpoint-2: cannot be saved" in err and "Traceback" not in err
     (made,) = (tmp_path / "runs").iterdir()
     assert not list(made.glob("checkpoint-*")) and not (made / "last").exists() and len(log(made)) == 2
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from inlay.cli.main import main
+
+save = torch.save
+
+def dying(obj, path, *args, **kwargs):
+    save(obj, path, *args, **kwargs)
+    if "checkpoint-4" in str(path) and str(path).endswith(sys.argv[1]):
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = dying
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "rng_state.pth"])
+def test_a_run_that_is_killed_while_it_saves_leaves_whole_checkpoints_alone(
+    base: Path, tmp_path: Path, file: str
+) -> None:
+    (tmp_path / "a").mkdir()
+    whole = train(base, tmp_path / "a", "--save_steps 2", steps=4)
+    data = write_rows(tmp_path / "data.jsonl")
+    more = f"--model {base} --dataset {data} --output_dir {tmp_path / 'runs'} --max_steps 4 --save_steps 2 {FAST}"
+    ended = subprocess.run([sys.executable, "-c", KILLED, file, "sft", *more.split()], capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    (made,) = (tmp_path / "runs").iterdir()
+    assert [p.name for p in made.glob("checkpoint-*")] == ["checkpoint-2"] == [(made / "last").resolve().name]
+    code, _, err = inlay(f"sft --resume_from_checkpoint {made / 'last'}")
+    assert code == 0, err
+    assert (made / "last").resolve().name == "checkpoint-4" and not (made / ".saving").exists()
+    one, other = ((p / "adapter_model.safetensors").read_bytes() for p in (whole, made / "checkpoint-4"))
+    assert one == other and {p.name for p in whole.iterdir()} == {p.name for p in (made / "last").iterdir()}

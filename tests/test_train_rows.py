@@ -43,6 +43,80 @@ def test_a_greeting_before_the_first_question_is_read_and_not_learned(tmp_path: 
     assert made.tokenizer.decode(example.ids).startswith("<bot>hi<end><user>a<end><bot>b")
 
 
+# As Qwen3's: what stands before a full stop is a thought, and is dropped once another question follows.
+FORGETFUL = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ {'user': '<user>', 'assistant': '<bot>', 'tool': '<system>'}[m['role']] }}"
+    "{% if m['role'] == 'assistant' and loop.index0 < ns.last %}{{ m['content'].split('.')[-1] }}"
+    "{% else %}{{ m['content'] }}{% endif %}<end>{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+)
+
+
+def spelled(made: Encoder, example: Example) -> tuple[str, str]:
+    """A text, and the same with _ for what is not learned."""
+    labels = [made.tokenizer.decode([i]) if i != UNLABELLED else "_" for i in example.labels]
+    return made.tokenizer.decode(example.ids), "".join(labels)
+
+
+def test_thoughts_that_a_template_drops_later_are_learned_where_they_are_thought(tmp_path: Path) -> None:
+    made = encoder(tmp_path)
+    made.tokenizer.chat_template = FORGETFUL
+    row = talk(("user", "a"), ("assistant", "p.b"), ("tool", "c"), ("assistant", "q.d"), ("user", "e"),
+               ("assistant", "r.f"), ("user", "g"), ("assistant", "h"))  # fmt: skip
+    examples, counts = made.encode([row])
+    assert [spelled(made, example) for example in examples] == [
+        # the last answer has no thought, and the last but one had one
+        ("<user>a<end><bot>b<end><system>c<end><bot>d<end><user>e<end><bot>f<end><user>g<end><bot>h<end>",
+         "_" * 22 + "h<end>"),
+        ("<user>a<end><bot>b<end><system>c<end><bot>d<end><user>e<end><bot>r.f<end>", "_" * 16 + "r.f<end>"),
+        # between two questions thoughts are kept, so both answers are learned in one text
+        ("<user>a<end><bot>p.b<end><system>c<end><bot>q.d<end>", "____p.b<end>____q.d<end>"),
+    ]  # fmt: skip
+    assert (counts.rows, counts.split, counts.unlearned_turns, counts.too_long) == (3, 2, 0, 0)
+    assert counts.learned == 2 + 4 + 8 and counts.longest == 24
+
+
+@pytest.mark.parametrize("template", [None, FORGETFUL])
+@pytest.mark.parametrize("unlearned", [(), (1,), (3, 7)])
+def test_each_answer_is_learned_once_after_what_the_model_reads_in_use(
+    tmp_path: Path, template: str | None, unlearned: tuple[int, ...]
+) -> None:
+    """The oracle is the template, asked for each answer in turn."""
+    made = encoder(tmp_path)
+    made.tokenizer.chat_template = template or made.tokenizer.chat_template
+    turns = ["ab", "p.c", "d", "e", "f", "q.g", "h", "i"]
+    messages: list[dict[str, Any]] = [
+        {"role": ("user", "assistant")[i % 2], "content": words} for i, words in enumerate(turns)
+    ]
+    row = make_row(
+        {"messages": [{**m, **({"loss": False} if i in unlearned else {})} for i, m in enumerate(messages)]}, "here:1"
+    )
+    examples, _ = made.encode([row])
+    found = []
+    for example in examples:
+        places = [i for i, label in enumerate(example.labels) if label != UNLABELLED]
+        starts = [i for i in places if i - 1 not in places]
+        found += [(made.tokenizer.decode(example.ids[:i]), turn) for i in starts
+                  for turn in [made.tokenizer.decode(example.ids[i:]).split("<end>")[0]]]  # fmt: skip
+    expected = [
+        (made.tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True), turns[i])
+        for i in (1, 3, 5, 7)
+        if i not in unlearned
+    ]
+    assert sorted(found) == sorted(expected)
+
+
+def test_an_answer_that_begins_otherwise_than_it_is_asked_for_is_counted_and_not_learned(tmp_path: Path) -> None:
+    """As of templates that open a thought when they ask, and drop it from answers that are given."""
+    made = encoder(tmp_path)
+    made.tokenizer.chat_template += "{% if add_generation_prompt %}?{% endif %}"
+    with pytest.raises(InputError, match="1 have no answer that the chat template shows as it asks for it"):
+        made.encode([talk(("user", "a"), ("assistant", "b"))])
+    (example,), counts = made.encode([talk(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "?d"))])
+    assert spelled(made, example)[1] == "_" * 11 + "d<end>" and counts.unlearned_turns == 1
+
+
 def test_an_end_marker_that_is_not_the_end_of_text_is_the_only_end(tmp_path: Path) -> None:
     """As of templates for talk on a base whose end of text is another token: <end> is special, though no eos."""
     made = encoder(tmp_path, special="<pad>")

@@ -121,3 +121,39 @@ def test_layers_that_peft_would_take_for_experts_are_refused_rather_than_others_
         code, _, err = inlay(command)
         assert code == 2 and "PEFT reads down_proj gate_proj up_proj as names of the experts" in err
     exported(train(base, tmp_path, "--exclude_modules down_proj gate_proj up_proj"), tmp_path / "out")
+
+
+def test_a_block_of_oft_that_does_not_fit_is_said_and_what_is_taken_instead(kit: Kit, tmp_path: Path) -> None:
+    """Inputs of 16 (12 modules) and 24: 6 divides only the latter."""
+    base, data = copy_base(kit, "qwen2", tmp_path), write_rows(tmp_path / "data.jsonl")
+    command = f"sft --model {base} --dataset {data} --output_dir {tmp_path / 'r'} --max_steps 2 {FAST} --train_type oft"
+    code, out, err = inlay(f"{command} --oft_block_size 6")
+    assert code == 0, err
+    (line,) = [line for line in err.splitlines() if "--oft_block_size" in line]
+    blocks = {key: a.shape for key, a in build.read_arrays(Path(out.strip())).items() if "oft_R" in key}
+    sizes = {int((1 + (1 + 8 * shape[1]) ** 0.5) / 2) for key, shape in blocks.items() if "down_proj" not in key}
+    assert sizes == {next(iter(sizes))} and sizes < {2, 4, 8, 16}
+    assert line.endswith(f"PEFT takes {next(iter(sizes))} in 12 modules")
+    exported(Path(out.strip()), tmp_path / "out")
+    code, _, err = inlay(f"{command} --oft_block_size 4")
+    assert code == 0 and "--oft_block_size" not in err
+
+
+def test_steps_that_bfloat16_takes_back_are_said_where_all_weights_are_trained(kit: Kit, tmp_path: Path) -> None:
+    """The oracle adds a step of Adam to each weight, and rounds."""
+    import torch
+
+    base, data = copy_base(kit, "qwen2", tmp_path), write_rows(tmp_path / "data.jsonl")
+    command = f"sft --model {base} --dataset {data} --output_dir {tmp_path / 'r'} --max_steps 1 --train_type full"
+    code, _, err = inlay(f"{command} --torch_dtype bfloat16 --learning_rate 1e-5")
+    assert code == 0, err
+    weights = torch.cat(
+        [torch.tensor(a.astype("f4")).to(torch.bfloat16).flatten() for a in build.read_arrays(base).values()]
+    )
+    stay = sum(float((weights + sign == weights).float().mean()) for sign in (1e-5, -1e-5)) / 2
+    (line,) = [line for line in err.splitlines() if "too large for a step" in line]
+    said = int(line.partition("bfloat16: ")[2].partition("%")[0]) / 100
+    assert said > 0.5 and said - 0.01 <= stay <= said + 0.1, line
+    for more in ("--torch_dtype float32 --learning_rate 1e-5", "--torch_dtype bfloat16 --learning_rate 3e-2"):
+        code, _, err = inlay(f"{command} {more}")
+        assert code == 0 and "too large for a step" not in err

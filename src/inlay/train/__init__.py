@@ -7,6 +7,9 @@ data        the rows of the datasets
 examples    rows → tokens, with labels on answers only
 packing     several examples in one block
 load        model and tokenizer, ready for training
+codes       bases that are stored in codes
+anatomy     the modules of a model: what they are, where they belong, what they do
+names       dotted names, and the ends of them that PEFT lists
 targets     presets such as all-linear, as names of the model's own modules
 tuners      the recipe as PEFT's config for each method
 converting  PiSSA and OLoRA as a LoRA on the original base

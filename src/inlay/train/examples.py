@@ -2,8 +2,10 @@
 
 A conversation is written by the chat template and its answers are found in the text: an answer begins where the
 template, given the messages before it and asked for a reply, ends, and it ends where the template with the answer ends.
-What a template writes otherwise once more turns follow (some drop earlier thoughts) cannot be found this way; such a
-turn is read and not learned, and counted.
+Some templates write an answer otherwise once more turns follow: those of thinking models drop earlier thoughts. Such an
+answer is learned in an example of its own, the conversation up to it, as the model sees and writes it in use. So every
+answer is learned once, and none as something that the model does not write. What the template does not begin as it asks
+for it is read and not learned, and counted.
 """
 
 from __future__ import annotations
@@ -44,6 +46,16 @@ class Counts:
     too_long: int = 0
     unanswered: int = 0
     unlearned_turns: int = 0
+    split: int = 0  # examples more than rows, of conversations whose earlier answers the template rewrites
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A conversation up to and with an answer, as the template writes it, and where the answer begins and ends."""
+
+    text: str
+    start: int
+    end: int
 
 
 class Encoder:
@@ -74,18 +86,17 @@ class Encoder:
             )
         counts, examples = Counts(), []
         for row in rows:
-            example = self._fit(self._text(row) if row.text is not None else self._talk(row, counts), row, counts)
-            if example is None:
-                continue
-            counts.rows += 1
-            counts.tokens += len(example.ids)
-            counts.learned += learned([example])
-            counts.longest = max(counts.longest, len(example.ids))
-            examples.append(example)
+            made = [self._text(row)] if row.text is not None else self._talk(row, counts)
+            counts.split += max(0, len(made) - 1)
+            examples += [e for example in made if (e := self._fit(example, row, counts)) is not None]
+        counts.rows = len(examples)
+        counts.tokens = sum(len(e.ids) for e in examples)
+        counts.learned = learned(examples)
+        counts.longest = max((len(e.ids) for e in examples), default=0)
         if not examples:
             raise InputError(
                 f"none of the {len(rows)} {what} can be learned: {counts.too_long} are longer than --max_length "
-                f"{self.max_length}, {counts.unanswered} have no answer that the chat template shows"
+                f"{self.max_length}, {counts.unanswered} have no answer that the chat template shows as it asks for it"
             )
         return examples, counts
 
@@ -97,29 +108,43 @@ class Encoder:
             ids.append(end)
         return Example(tuple(ids), tuple(ids))
 
-    def _talk(self, row: Row, counts: Counts) -> Example:
+    def _talk(self, row: Row, counts: Counts) -> list[Example]:
+        """The whole conversation, and as many beginnings of it as it takes to have every answer as it is given."""
         messages = list(row.messages)
         if self.system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system})
         told = [{k: v for k, v in m.items() if k != "loss"} for m in messages]
-        text, spans = self._written(told, row), []
-        for position, message in enumerate(messages):
-            if message["role"] != "assistant" or message.get("loss") is False:
-                continue
-            if position == 0:  # no template writes an empty conversation, to see where the answer would begin
-                counts.unlearned_turns += 1
-                continue
-            before = self._written(told[:position], row, asked=True)
-            after = self._written(told[: position + 1], row)
-            if text.startswith(after) and after.startswith(before):
-                spans.append((len(before), self._end(after, len(before))))
-            else:
-                counts.unlearned_turns += 1
+        wanted = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("loss") is not False]
+        found = [self._answer(told, position, row) for position in wanted]
+        left = [answer for answer in found if answer is not None]
+        counts.unlearned_turns += len(found) - len(left)
+        counts.unanswered += not left
+        examples, text = [], self._written(told, row)
+        while left:
+            here = [answer for answer in left if text.startswith(answer.text)]
+            if here:
+                examples.append(self._tokens(text, here))
+            left = [answer for answer in left if answer not in here]
+            text = left[-1].text if left else ""
+        return examples
+
+    def _answer(self, told: list[Message], position: int, row: Row) -> _Answer | None:
+        """The answer at `position`; None where the template does not begin it as it asks for it."""
+        if position == 0:  # no template writes an empty conversation, to see where the answer would begin
+            return None
+        before = self._written(told[:position], row, asked=True)
+        after = self._written(told[: position + 1], row)
+        if not after.startswith(before):
+            return None
+        return _Answer(after, len(before), self._end(after, len(before)))
+
+    def _tokens(self, text: str, answers: Sequence[_Answer]) -> Example:
+        """A text, of which these answers are learned."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
         labels = [
-            token if any(start <= a and a < end for start, end in spans) else UNLABELLED
-            for token, (a, _) in zip(ids, offsets, strict=True)
+            token if any(answer.start <= at < answer.end for answer in answers) else UNLABELLED
+            for token, (at, _) in zip(ids, offsets, strict=True)
         ]
         end = self.tokenizer.eos_token_id
         if end is not None and labels and labels[-1] not in (UNLABELLED, end) and not text.endswith(self._special):

@@ -8,6 +8,7 @@ from typing import Any
 
 from inlay.errors import InputError
 from inlay.extras import needs
+from inlay.train import codes
 from inlay.train.examples import read_template
 from inlay.train.launch import sharding
 from inlay.train.recipe import FULL, Recipe
@@ -73,8 +74,11 @@ def _is_multimodal(config: Any) -> bool:
     return config.get_text_config(decoder=True) is not config
 
 
-def load_model(path: Path, config: Any, recipe: Recipe) -> Any:
-    """The model with its own weights, in the type to train in. Raises InputError when weights are missing."""
+def load_model(path: Path, config: Any, recipe: Recipe, stored: str | None = None) -> Any:
+    """The model with its own weights, in the type to train in; `stored` names the codes that the base is in.
+
+    Raises InputError when weights or a library are missing.
+    """
     import torch
 
     name = dtype_name(config, recipe)
@@ -87,10 +91,15 @@ def load_model(path: Path, config: Any, recipe: Recipe) -> Any:
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     try:
         model, found = find_class(config, path).from_pretrained(
-            path, output_loading_info=True, trust_remote_code=recipe.trust_remote_code, **kwargs
+            path,
+            output_loading_info=True,
+            trust_remote_code=recipe.trust_remote_code,
+            **kwargs,
+            **codes.loading(stored),
         )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        raise InputError(f"{path}: cannot be loaded for training ({_first(error)})") from error
+        cure = f"; if it cannot be had here: {codes.cure(path)}" if stored else ""
+        raise InputError(f"{path}: cannot be loaded for training ({_first(error)}){cure}") from error
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise InputError(f"{path}: lacks {len(missing)} weights of the model: {', '.join(missing[:5])}")

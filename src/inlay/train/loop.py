@@ -122,10 +122,15 @@ class Trainer(_Base):  # type: ignore[misc, unused-ignore]
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.keeper.gather(self.accelerator)
-        folder = records.checkpoint_path(Path(self.args.output_dir), self.state.global_step)
-        with records.whole_or_gone(folder, self.args.should_save):
+        run, step = Path(self.args.output_dir), self.state.global_step
+        with records.whole_or_gone(run, step, self.args.should_save):
+            self.keeper.gather(self.accelerator)  # no process writes before the folder is cleared
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process writes a part
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where transformers makes the folder of a checkpoint: apart, until it is whole."""
+        return str(records.draft_folder(Path(self.args.output_dir)))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.recipe.train_type == ADALORA:

@@ -20,6 +20,7 @@ LORA, DORA, ADALORA, LOHA, LOKR, IA3, OFT, VERA, FULL = (
     "lora", "dora", "adalora", "loha", "lokr", "ia3", "oft", "vera", "full",
 )  # fmt: skip
 TRAIN_TYPES = (LORA, ADALORA, DORA, LOHA, LOKR, IA3, OFT, VERA, FULL)
+ON_CODES = (LORA, DORA, ADALORA, IA3, OFT, VERA)  # methods that have layers for a quantised base
 INIT_WEIGHTS = ("true", "false", "gaussian", "pissa", "olora", "orthogonal")
 PISSA_NITER = "pissa_niter_"  # and a number of iterations
 TRUNCATION = ("delete", "right", "left", "raise")
@@ -276,7 +277,7 @@ def _check_quant(recipe: Recipe) -> list[str]:
         return [f"  --quant_method {recipe.quant_method}: {what}"]
     if recipe.quant_bits not in (4, 8):
         return [f"  --quant_bits {recipe.quant_bits}: bnb has 4 and 8"]
-    if recipe.train_type not in (LORA, DORA, ADALORA, IA3, OFT, VERA):
+    if recipe.train_type not in ON_CODES:
         return [f"  --quant_method: {recipe.train_type} cannot be trained on a quantised base"]
     return []
 

@@ -131,14 +131,26 @@ def checkpoint_path(run: Path, step: int) -> Path:
     return run / f"checkpoint-{step}"
 
 
+def draft_folder(run: Path) -> Path:
+    """Where checkpoints are while they are written: a run that is killed leaves none that is half."""
+    return run / ".saving"
+
+
 @contextmanager
-def whole_or_gone(checkpoint: Path, writes: bool) -> Iterator[None]:
-    """While a checkpoint is written: where that fails, what there is of it is removed. Raises OutputError."""
+def whole_or_gone(run: Path, step: int, writes: bool) -> Iterator[None]:
+    """While a checkpoint is written to the draft folder: it is put in its place when all of it is there, and removed
+    where that fails. `writes` says whether this process is the one to do so. Raises OutputError."""
+    checkpoint, drafts = checkpoint_path(run, step), draft_folder(run)
     try:
+        if writes:
+            shutil.rmtree(drafts, ignore_errors=True)  # of a run that was killed
         yield
+        if writes:
+            _put(checkpoint_path(drafts, step), checkpoint)
+            shutil.rmtree(drafts, ignore_errors=True)
     except BaseException as error:
         if writes:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+            shutil.rmtree(drafts, ignore_errors=True)
         if isinstance(error, InlayError) or not _is_of_files(error):
             raise
         reason = f"{str(error).splitlines()[0]:.200}"
@@ -146,6 +158,17 @@ def whole_or_gone(checkpoint: Path, writes: bool) -> Iterator[None]:
             f"{checkpoint}: cannot be saved ({reason}), and is removed; checkpoints before it are whole: make room, "
             "and go on from one with --resume_from_checkpoint"
         ) from error
+
+
+def _put(draft: Path, checkpoint: Path) -> None:
+    """Put a whole folder in its place. One that was there, of a run that is gone on with from before, is taken away."""
+    if not checkpoint.exists():
+        os.rename(draft, checkpoint)
+        return
+    former = draft.with_name(f"former-{checkpoint.name}")
+    os.rename(checkpoint, former)
+    os.rename(draft, checkpoint)
+    shutil.rmtree(former)
 
 
 def _is_of_files(error: BaseException) -> bool:

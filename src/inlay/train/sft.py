@@ -10,7 +10,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from inlay.checkpoints.json_files import read_json_object
 from inlay.datasets.row import Row
 from inlay.errors import InlayError, InputError, OutputError
 from inlay.extras import needs
-from inlay.train import converting, load, records
+from inlay.train import codes, converting, load, records
 from inlay.train.data import data_digest, read_data
 from inlay.train.examples import Block, Counts, Encoder
 from inlay.train.launch import is_first, sharding
@@ -29,7 +29,7 @@ from inlay.train.recipe import FULL, Recipe, check_output
 from inlay.train.schedule import Schedule, make_schedule, training_arguments
 from inlay.train.stop import Stop
 from inlay.train.targets import Targets
-from inlay.train.tuners import add_tuner, find_targets, free_weights
+from inlay.train.tuners import add_tuner, changed_blocks, find_targets, free_weights
 
 Say = Callable[[str], None]
 Fingerprint = Mapping[str, Any]
@@ -89,6 +89,8 @@ def _run(recipe: Recipe, base: Path, say: Say, resumed: Resumed | None) -> Train
         check_output(recipe.output_dir)
     rows = read_data(recipe)
     config = load.read_config(base, recipe)
+    stored = codes.stored_method(base, config)
+    codes.check_recipe(stored, recipe, base)
     tokenizer = load.read_tokenizer(base, recipe)
     data = _encode(recipe, tokenizer, load.longest(config, recipe), *rows)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -97,7 +99,7 @@ def _run(recipe: Recipe, base: Path, say: Say, resumed: Resumed | None) -> Train
     # DeepSpeed and FSDP have to know their settings before the model is loaded.
     draft = training_arguments(recipe, Path(recipe.output_dir), schedule, dtype, bool(data.evaluate), processes)
     transformers.set_seed(recipe.seed)
-    model = load.load_model(base, config, recipe)
+    model = load.load_model(base, config, recipe, stored)
     if recipe.packing:
         check_packing(model, data.train)
     model, targets = _prepare(model, recipe, schedule)
@@ -139,6 +141,7 @@ def _prepare(model: Any, recipe: Recipe, schedule: Schedule) -> tuple[Any, Targe
     else:
         targets = find_targets(model, recipe)
         model = add_tuner(model, recipe, targets, schedule.steps)
+        targets = replace(targets, notes=(*targets.notes, *changed_blocks(model, recipe)))
         if recipe.gradient_checkpointing:
             model.enable_input_require_grads()  # else no gradient reaches the layers of a frozen base
     return model, targets
@@ -240,18 +243,24 @@ def _summary(args: Mapping[str, Any], data: _Data, schedule: Schedule) -> list[s
 
 
 def _left_out(counts: Counts, what: str) -> list[str]:
-    """Warnings of rows that are not learned, or not as they are."""
+    """What is said of rows that are not learned, or not as they are."""
     found = (
         (counts.too_long, f"{what} are longer than --max_length and are left out"),
         (counts.cut, f"{what} are longer than --max_length and are cut"),
         (counts.unanswered, f"{what} have no answer that the chat template shows, or none is left, and are left out"),
         (
             counts.unlearned_turns,
-            f"answers in {what} are read and not learned: the chat template writes them otherwise once more turns "
-            "follow, or nothing stands before them",
+            f"answers in {what} are read and not learned: the chat template does not begin them as it asks for them, "
+            "or nothing stands before them",
         ),
     )
-    return [f"warning: {count} {words}" for count, words in found if count]
+    lines = [f"warning: {count} {words}" for count, words in found if count]
+    if counts.split:
+        lines.append(
+            f"{counts.split} answers in {what} are rows of their own, with what stands before them: the chat template "
+            "writes them otherwise once more turns follow"
+        )
+    return lines
 
 
 # Of what was resolved and counted, all that decides the steps to come.

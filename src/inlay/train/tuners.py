@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any
 
 from inlay.errors import InputError
+from inlay.train.anatomy import Anatomy
+from inlay.train.names import shortest
 from inlay.train.recipe import ADALORA, FULL, IA3, LOHA, LOKR, LORA, OFT, VERA, Recipe
-from inlay.train.targets import Anatomy, Asked, Targets, check_read, resolve, shortest
+from inlay.train.targets import Asked, Targets, check_read, resolve
 
 TASK = "CAUSAL_LM"
 _EXPERT_WORDS = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
+LOST = 0.1  # share of weights that learn nothing, from which on it is said
+SAMPLED = 1 << 16
 _INIT: dict[str, Any] = {"true": True, "false": False}
 
 
@@ -145,6 +150,23 @@ def _oft(peft: Any, _model: Any, recipe: Recipe, _targets: Targets, common: dict
     return peft.OFTConfig(r=0, oft_block_size=recipe.oft_block_size, bias=recipe.lora_bias, **common)
 
 
+def changed_blocks(adapted: Any, recipe: Recipe) -> tuple[str, ...]:
+    """What is said where PEFT takes another block size for OFT than the one asked for, which has to divide a layer's
+    inputs."""
+    if recipe.method != OFT:
+        return ()
+    sizes = Counter(
+        layer.oft_block_size["default"]
+        for layer in adapted.modules()
+        if "default" in (getattr(layer, "oft_block_size", None) or ())
+    )
+    others = [f"{size} in {count} modules" for size, count in sorted(sizes.items()) if size != recipe.oft_block_size]
+    if not others:
+        return ()
+    what = f"--oft_block_size {recipe.oft_block_size}: does not divide the inputs everywhere"
+    return (f"warning: {what}; PEFT takes {', '.join(others)}",)
+
+
 def _vera(peft: Any, _model: Any, recipe: Recipe, _targets: Targets, common: dict[str, Any], _steps: int) -> Any:
     return peft.VeraConfig(r=recipe.vera_rank, bias=recipe.lora_bias, save_projection=True, **common)
 
@@ -163,4 +185,25 @@ def free_weights(model: Any, recipe: Recipe) -> Targets:
         p.requires_grad_(anatomy.part(name.rpartition(".")[0]) not in recipe.frozen)
     if recipe.freeze_llm:
         raise InputError("--freeze_llm: rows of text pass no other part, so nothing is left to train")
-    return Targets((), ("all weights",) if not recipe.frozen else ())
+    lost = _lost_share(model, recipe.rate)
+    note = (
+        f"warning: --train_type full in bfloat16: {lost:.0%} of the weights are too large for a step of "
+        f"{recipe.rate:.0e} (--learning_rate), which rounding takes back; --torch_dtype float32 keeps all steps"
+    )
+    return Targets((), ("all weights",) if not recipe.frozen else (), notes=(note,) if lost > LOST else ())
+
+
+def _lost_share(model: Any, rate: float) -> float:
+    """Share of the trained weights in bfloat16 that stay as they are when `rate`, the size of a step of Adam, is added.
+
+    Half the distance to the next number is more than |w| / 512 there. Of each tensor a part is looked at.
+    """
+    import torch
+
+    lost = seen = 0
+    for p in model.parameters():
+        if p.requires_grad and p.numel():
+            part = p.detach().flatten()[:SAMPLED]
+            lost += int((part.abs() > 512 * rate).sum()) if p.dtype == torch.bfloat16 else 0
+            seen += part.numel()
+    return lost / max(1, seen)
