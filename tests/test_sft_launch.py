@@ -2,194 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from cases import Kit
-from inlay.errors import InputError
-from inlay.train.launch import Group, adopt, check_gathering, check_sharding, group, launch, wait_for_the_end
-from inlay.train.recipe import Recipe
+from processes import environment, run
 from trainable import FAST, copy_base, inlay, log, train, write_rows
 
 SINGLE = "--save_steps 2 --lora_dropout 0"
 HALF = f"{SINGLE} --per_device_train_batch_size 2"
+QUARTER = f"{SINGLE} --per_device_train_batch_size 1 --gradient_accumulation_steps 2"
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-FREE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_PORT")
 
-
-def environment(**more: str) -> dict[str, str]:
-    """That of the tests without a word about processes."""
-    return {**{k: v for k, v in os.environ.items() if k not in FREE}, "OMP_NUM_THREADS": "1", **more}
-
-
-def run(words: list[str], **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *words], env=environment(**more), capture_output=True, text=True, timeout=300
-    )
-
-
-# --- which processes are started ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({}, None),
-        ({"NPROC_PER_NODE": "1"}, None),
-        ({"NPROC_PER_NODE": "2"}, Group(2)),
-        ({"NPROC_PER_NODE": "2", "LOCAL_RANK": "0", "RANK": "0"}, None),
-        ({"NNODES": "1", "NPROC_PER_NODE": "8"}, Group(8)),
-        # one process on each of two machines: without a launch each would train alone
-        ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, Group(1, 2, 1)),
-        (
-            {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1", "NPROC_PER_NODE": "4"},
-            Group(4, 2, 0),
-        ),
-    ],
-)
-def test_the_words_of_the_environment_say_what_is_started(given: dict[str, str], expected: Group | None) -> None:
-    assert group(given) == expected
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"NPROC_PER_NODE": "all"}, "NPROC_PER_NODE=all: must be a whole number, at least 1"),
-        ({"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE=0: must be"),
-        ({"NNODES": "two"}, "NNODES=two: must be"),
-        ({"NNODES": "2", "MASTER_ADDR": "a"}, "NNODES=2: give NODE_RANK, MASTER_PORT too"),
-        ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "must be below NNODES=2"),
-        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "it started one"),
-    ],
-)
-def test_words_that_contradict_each_other_are_refused(given: dict[str, str], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        group(given)
-
-
-def test_a_rank_of_mpirun_and_one_of_a_machine_alone_are_taken_over() -> None:
-    mpi = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
-    adopt(mpi)
-    assert (mpi["RANK"], mpi["WORLD_SIZE"], mpi["LOCAL_RANK"]) == ("3", "4", "1") and group(mpi) is None
-    pod = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    adopt(pod)
-    assert (pod["LOCAL_RANK"], pod["MASTER_PORT"]) == ("0", "1")
-    for untouched in ({}, {"NPROC_PER_NODE": "8", "RANK": "1", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "1"}):
-        before = dict(untouched)
-        adopt(untouched)
-        assert untouched == before
-
-
-def test_what_would_not_be_divided_as_asked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="several processes, and here is one"):
-        check_sharding(Recipe(fsdp="full_shard"), 1, False)
-    with pytest.raises(InputError, match="among GPUs only"):
-        check_sharding(Recipe(fsdp="full_shard"), 2, True)
-    with pytest.raises(InputError, match="ranks its weights by whole gradients"):
-        check_sharding(Recipe(train_type="adalora", deepspeed="ds.json"), 2, False)
-    check_sharding(Recipe(train_type="adalora"), 2, True)
-    check_sharding(Recipe(fsdp="full_shard"), 2, False)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match="among GPUs only"):
-        check_sharding(Recipe(), 2, True)
-
-
-def settings(states: str | None = None, **zero: object) -> SimpleNamespace:
-    """Of transformers' arguments what has the settings of FSDP and DeepSpeed."""
-    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config={"zero_optimization": zero}))
-    return SimpleNamespace(fsdp_plugin_args={"state_dict_type": states}, deepspeed_plugin=plugin)
-
-
-def test_settings_that_leave_a_checkpoint_in_parts_are_refused() -> None:
-    fsdp = Recipe(fsdp="true")
-    check_gathering(settings("FULL_STATE_DICT"), fsdp)
-    with pytest.raises(InputError, match="state_dict_type SHARDED_STATE_DICT would leave checkpoints in parts"):
-        check_gathering(settings("SHARDED_STATE_DICT"), fsdp)
-    by_config = {"ACCELERATE_USE_FSDP": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
-    with pytest.raises(InputError, match="give FULL_STATE_DICT"):
-        check_gathering(settings(), Recipe(), by_config)
-    check_gathering(settings(), Recipe(), {**by_config, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"})
-    full, pissa = Recipe(deepspeed="ds.json", train_type="full"), Recipe(deepspeed="ds.json", init_weights="pissa")
-    with pytest.raises(InputError, match="stage3_gather_16bit_weights_on_model_save"):
-        check_gathering(settings(stage=3), full)
-    with pytest.raises(InputError, match="--init_weights pissa: cannot be taken"):
-        check_gathering(settings(stage=3), pissa)
-    check_gathering(settings(stage=3, stage3_gather_16bit_weights_on_model_save=True), full)
-    check_gathering(settings(stage=3), Recipe(deepspeed="ds.json"))
-    check_gathering(settings(stage=2), pissa)
-    check_gathering(settings(), Recipe(), {})
-
-
-# --- how they begin and end ---------------------------------------------------------------------------
-
-
-def started(folder: Path, code: str, count: Group, **more: str) -> int:
-    """`launch` of a program that stands in the place of `inlay`."""
-    (folder / "inlay").mkdir()
-    (folder / "inlay" / "__init__.py").write_text("")
-    (folder / "inlay" / "__main__.py").write_text(f"import os, signal, sys, time\nrank = os.environ['RANK']\n{code}\n")
-    return launch([str(folder)], count, environment(PYTHONPATH=str(folder), PYTHONSAFEPATH="1", **more))
-
-
-def test_each_process_is_told_its_place_among_all_machines(tmp_path: Path) -> None:
-    told = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    code = f"open(sys.argv[1] + '/told-' + rank, 'w').write(' '.join(os.environ[n] for n in {told}))"
-    assert started(tmp_path, code, Group(2, 3, 2), MASTER_ADDR="there", MASTER_PORT="1234") == 0
-    found = {p.name: p.read_text() for p in tmp_path.glob("told-*")}
-    assert found == {"told-4": "4 0 6 2 there 1234", "told-5": "5 1 6 2 there 1234"}
-
-
-def test_a_process_that_fails_ends_the_others(tmp_path: Path) -> None:
-    began = time.monotonic()
-    assert started(tmp_path, "sys.exit(2) if rank == '1' else time.sleep(60)", Group(3)) == 2
-    assert time.monotonic() - began < 30
-
-
-def test_a_process_that_is_killed_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    code = "os.kill(os.getpid(), signal.SIGKILL) if rank == '1' else time.sleep(60)"
-    assert started(tmp_path, code, Group(2)) == 137
-    assert capfd.readouterr().err == "process 1 was ended by SIGKILL\n"
-
-
-def test_a_stop_is_passed_on_and_waited_for(tmp_path: Path) -> None:
-    code = (
-        "def stop(*_):\n    time.sleep(float(rank))\n    open(sys.argv[1] + '/saved-' + rank, 'w')\n    sys.exit(130)\n"
-        "signal.signal(signal.SIGTERM, stop)\n"
-        "open(sys.argv[1] + '/ready-' + rank, 'w')\n"
-        "while len([n for n in os.listdir(sys.argv[1]) if n.startswith('ready-')]) < 2: time.sleep(0.05)\n"
-        "os.kill(os.getppid(), signal.SIGTERM) if rank == '0' else None\n"
-        "time.sleep(60)"
-    )
-    before = signal.getsignal(signal.SIGTERM)
-    assert started(tmp_path, code, Group(2)) == 130
-    assert {p.name for p in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-@pytest.mark.parametrize(
-    ("rank", "told", "waits"), [("0", True, False), ("0", False, True), ("1", True, True), ("1", False, True)]
-)
-def test_who_has_nothing_to_tell_waits_to_be_ended(
-    monkeypatch: pytest.MonkeyPatch, rank: str, told: bool, waits: bool
-) -> None:
-    waited: list[float] = []
-    monkeypatch.setattr(time, "sleep", waited.append)
-    wait_for_the_end(told)
-    assert not waited
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", rank)
-    wait_for_the_end(told)
-    assert bool(waited) is waits
-
-
-# --- what they learn ----------------------------------------------------------------------------------
+ACCELERATE = """compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+num_processes: 2
+mixed_precision: {}
+"""
 
 
 @pytest.fixture
@@ -226,13 +59,13 @@ def exported(checkpoint: Path, out: Path) -> None:
 
 
 def test_two_processes_learn_what_one_learns_and_speak_once(base: Path, tmp_path: Path) -> None:
+    """Rows of one step lie in two processes and in two batches of each, with different numbers of learned tokens."""
     one = train(base, tmp_path, SINGLE, steps=3)
-    done = run(["-m", "inlay", *command(base, tmp_path, HALF)], NPROC_PER_NODE="2")
+    done = run(["-m", "inlay", *command(base, tmp_path, QUARTER)], NPROC_PER_NODE="2")
     assert done.returncode == 0, done.stderr
     two = Path(done.stdout.strip())
-    assert [line[:8] for line in done.stderr.splitlines() if line.startswith("step")] == [
-        f"step {i}/3" for i in (1, 2, 3)
-    ]
+    said = [line[:8] for line in done.stderr.splitlines() if line.startswith("step")]
+    assert said == ["step 1/3", "step 2/3", "step 3/3"]
     same(one, two)
     exported(two, tmp_path / "out")
 
@@ -307,6 +140,23 @@ def test_accelerate_that_starts_one_process_for_two_is_refused(base: Path, tmp_p
     words = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "inlay"]
     done = run([*words, *command(base, tmp_path, HALF)])
     assert done.returncode != 0 and "several processes were asked for and it started one" in done.stderr
+
+
+@pytest.mark.slow
+def test_accelerate_with_a_config_learns_what_one_process_learns(base: Path, tmp_path: Path) -> None:
+    """Its config may name a type to train in: the recipe's is taken, another one is refused."""
+    one = train(base, tmp_path, SINGLE, steps=3)
+    config = tmp_path / "config.yaml"
+    words = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
+    words += ["-m", "inlay", *command(base, tmp_path, HALF)]
+    config.write_text(ACCELERATE.format("bf16"))
+    done = run(words)
+    assert done.returncode == 1 and not (tmp_path / "several").exists()
+    assert done.stderr.count("mixed_precision bf16 of accelerate launch: this run trains in float32") == 1, done.stderr
+    config.write_text(ACCELERATE.format("'no'"))
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+    same(one, Path(done.stdout.strip()))
 
 
 @pytest.mark.slow

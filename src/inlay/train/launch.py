@@ -6,13 +6,15 @@ them, which work as well. On several machines NNODES, NODE_RANK, MASTER_ADDR and
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -24,6 +26,7 @@ from inlay.train.recipe import ADALORA, FULL, Recipe
 FSDP, DEEPSPEED = "fsdp", "deepspeed"
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 30  # for all to save, once a stop was asked for
+SAME_SECONDS = 1  # in which a signal that comes again is the same: `timeout` sends it to a process and to its group
 WAIT_SECONDS = 20  # for whoever started this process to end it, because another one failed and says why
 
 # What MPI tells its processes, by the names that torch takes: Open MPI, Intel MPI and MPICH, MVAPICH.
@@ -106,28 +109,60 @@ def launch(argv: Sequence[str], wanted: Group, environment: Mapping[str, str]) -
     }
     # Each would take all cores, and they would wait for each other.
     shared.setdefault("OMP_NUM_THREADS", str(max(1, threads() // wanted.count)))
-    started: list[subprocess.Popen[bytes]] = []
-
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        for p in started:
-            p.send_signal(number)
-
-    def leave(_number: int, _frame: FrameType | None) -> None:
-        """Ctrl-C reaches every process of the terminal's group; this one waits for what they make of it."""
-
-    before = {s: signal.signal(s, handler) for s, handler in ((signal.SIGINT, leave), (signal.SIGTERM, pass_on))}
+    relay = _Relay(wanted.count)
+    before = {number: signal.signal(number, handler) for number, handler in relay.handlers().items()}
     try:
         for i in range(wanted.count):
             rank = {"LOCAL_RANK": str(i), "RANK": str(wanted.node * wanted.count + i)}
-            started.append(subprocess.Popen([sys.executable, "-m", "inlay", *argv], env={**shared, **rank}))
-        return _wait(started)
+            words = [sys.executable, "-m", "inlay", *argv]
+            relay.started.append(subprocess.Popen(words, env={**shared, **rank}, start_new_session=True))
+        return _wait(relay.started)
     finally:
-        for p in started:
+        for p in relay.started:
             if p.poll() is None:
-                p.kill()
+                os.killpg(p.pid, signal.SIGKILL)  # with those that read data for it
             p.wait()
         for number, former in before.items():
             signal.signal(number, former)
+
+
+class _Relay:
+    """Passes on to all processes what this one is told, each signal once: a second one ends them without a checkpoint.
+
+    They are in sessions of their own, as under torchrun. Else Ctrl-C and `timeout`, which tell the whole group of this
+    process, would tell them twice.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.started: list[subprocess.Popen[bytes]] = []
+        self.heard: dict[int, float] = {}  # when each signal came last, in seconds
+
+    def handlers(self) -> dict[signal.Signals, Callable[[int, FrameType | None], None]]:
+        """Those to install. What nohup and shells without job control have switched off stays so."""
+        also = {signal.SIGHUP: self.pass_on, signal.SIGQUIT: self.pass_on, signal.SIGTSTP: self.pause}
+        wanted = {n: handler for n, handler in also.items() if signal.getsignal(n) == signal.SIG_DFL}
+        return {signal.SIGINT: self.pass_on, signal.SIGTERM: self.pass_on, **wanted}
+
+    def pass_on(self, number: int, _frame: FrameType | None) -> None:
+        """Raises KeyboardInterrupt while some are not started yet, who would not hear of it."""
+        now = time.monotonic()
+        if now - self.heard.get(number, -math.inf) < SAME_SECONDS:
+            return
+        self.heard[number] = now
+        if len(self.started) < self.count:
+            raise KeyboardInterrupt
+        self._send(number)
+
+    def pause(self, _number: int, _frame: FrameType | None) -> None:
+        """Ctrl-Z: all rest until this one goes on."""
+        self._send(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._send(signal.SIGCONT)
+
+    def _send(self, number: int) -> None:
+        for p in self.started:
+            p.send_signal(number)
 
 
 def _wait(started: Sequence[subprocess.Popen[bytes]]) -> int:
@@ -196,8 +231,9 @@ def check_sharding(recipe: Recipe, processes: int, on_cpu: bool) -> None:
 
 
 def check_gathering(arguments: Any, recipe: Recipe, environment: Mapping[str, str] = os.environ) -> None:
-    """Raises InputError for settings that leave a checkpoint in parts, or without weights. `arguments` are
-    transformers' own, which have read the files of settings."""
+    """Raises InputError for settings that leave a checkpoint in parts, or without weights, and for those that
+    contradict the recipe. `arguments` are transformers' own, which have read the files of settings."""
+    _check_precision(arguments, environment)
     kind = sharding(recipe, environment)
     if kind == FSDP:
         states = (arguments.fsdp_plugin_args or {}).get("state_dict_type") or environment.get("FSDP_STATE_DICT_TYPE")
@@ -207,9 +243,40 @@ def check_gathering(arguments: Any, recipe: Recipe, environment: Mapping[str, st
                 "FULL_STATE_DICT"
             )
     if kind == DEEPSPEED:
+        differ = _differing(arguments)
+        if differ:
+            raise InputError(f'--deepspeed: settings contradict the recipe; give "auto" there: {", ".join(differ)}')
         zero = arguments.deepspeed_plugin.hf_ds_config.config.get("zero_optimization", {})
         if zero.get("stage") == 3:
             _check_stage_3(zero, recipe)
+
+
+def _check_precision(arguments: Any, environment: Mapping[str, str]) -> None:
+    """Raises InputError where `accelerate launch` names another type than the recipe: what is recorded would not be
+    what trains. Its "no" is also what it says when nothing was chosen."""
+    asked = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    ours = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "no"
+    if asked in ("no", ours):
+        return
+    names = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
+    same = f"--torch_dtype {names[asked]}, or " if asked in names else ""
+    raise InputError(
+        f"mixed_precision {asked} of accelerate launch: this run trains in {names[ours]}; give {same}mixed_precision no"
+    )
+
+
+def _differing(arguments: Any) -> list[str]:
+    """Settings of DeepSpeed that are another number than the recipe's, in the words of transformers, which tells them
+    once the model is loaded."""
+    config = arguments.deepspeed_plugin.hf_ds_config
+    if not hasattr(config, "mismatches"):  # from accelerate's config, which transformers compares later
+        from transformers import integrations
+
+        deepspeed: Any = integrations.deepspeed
+        former, config = config, deepspeed.HfTrainerDeepSpeedConfig(deepcopy(config.config))
+        config.trainer_config_process(arguments)
+        deepspeed.set_hf_deepspeed_config(former)  # what is compared took its place
+    return [line.removeprefix("- ds ") for line in config.mismatches]
 
 
 def _check_stage_3(zero: Mapping[str, Any], recipe: Recipe) -> None:
