@@ -20,7 +20,7 @@ from inlay.train.launch import (
     SAME_SECONDS,
     Group,
     adopt,
-    check_gathering,
+    check_settings,
     check_sharding,
     group,
     launch,
@@ -106,28 +106,28 @@ def settings(states: str | None = None, differing: Sequence[str] = (), **zero: o
 
 def test_settings_that_leave_a_checkpoint_in_parts_are_refused() -> None:
     fsdp = Recipe(fsdp="true")
-    check_gathering(settings("FULL_STATE_DICT"), fsdp)
+    check_settings(settings("FULL_STATE_DICT"), fsdp)
     with pytest.raises(InputError, match="state_dict_type SHARDED_STATE_DICT would leave checkpoints in parts"):
-        check_gathering(settings("SHARDED_STATE_DICT"), fsdp)
+        check_settings(settings("SHARDED_STATE_DICT"), fsdp)
     by_config = {"ACCELERATE_USE_FSDP": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
     with pytest.raises(InputError, match="give FULL_STATE_DICT"):
-        check_gathering(settings(), Recipe(), by_config)
-    check_gathering(settings(), Recipe(), {**by_config, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"})
+        check_settings(settings(), Recipe(), by_config)
+    check_settings(settings(), Recipe(), {**by_config, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"})
     full, pissa = Recipe(deepspeed="ds.json", train_type="full"), Recipe(deepspeed="ds.json", init_weights="pissa")
     with pytest.raises(InputError, match="stage3_gather_16bit_weights_on_model_save"):
-        check_gathering(settings(stage=3), full)
+        check_settings(settings(stage=3), full)
     with pytest.raises(InputError, match="--init_weights pissa: cannot be taken"):
-        check_gathering(settings(stage=3), pissa)
-    check_gathering(settings(stage=3, stage3_gather_16bit_weights_on_model_save=True), full)
-    check_gathering(settings(stage=3), Recipe(deepspeed="ds.json"))
-    check_gathering(settings(stage=2), pissa)
-    check_gathering(settings(), Recipe(), {})
+        check_settings(settings(stage=3), pissa)
+    check_settings(settings(stage=3, stage3_gather_16bit_weights_on_model_save=True), full)
+    check_settings(settings(stage=3), Recipe(deepspeed="ds.json"))
+    check_settings(settings(stage=2), pissa)
+    check_settings(settings(), Recipe(), {})
 
 
 def test_settings_of_deepspeed_that_contradict_the_recipe_are_refused() -> None:
     differing = ["- ds bf16.enabled=True vs hf bf16=False", "- ds gradient_clipping=2 vs hf max_grad_norm=1"]
     with pytest.raises(InputError, match=r"bf16.enabled=True vs hf bf16=False, gradient_clipping=2 vs hf max_grad"):
-        check_gathering(settings(differing=differing, stage=2), Recipe(deepspeed="ds.json"))
+        check_settings(settings(differing=differing, stage=2), Recipe(deepspeed="ds.json"))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_type_of_accelerate_that_the_recipe_does_not_train_in_is_refused(
     """accelerate itself takes its own type where the recipe's is float32, and else the recipe's."""
     arguments = SimpleNamespace(bf16=trains == "bfloat16", fp16=trains == "float16")
     with contextlib.nullcontext() if message is None else pytest.raises(InputError, match=message):
-        check_gathering(arguments, Recipe(), {"ACCELERATE_MIXED_PRECISION": asked})
+        check_settings(arguments, Recipe(), {"ACCELERATE_MIXED_PRECISION": asked})
 
 
 # --- how they begin and end ---------------------------------------------------------------------------

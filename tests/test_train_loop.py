@@ -14,6 +14,7 @@ import pytest
 
 import build
 from cases import MODELS, Kit, third_party
+from inlay.train.stop import Stop
 from trainable import FAST, ROWS, copy_base, inlay, log, train, write_rows
 
 pytest.importorskip("accelerate")
@@ -227,3 +228,15 @@ def test_a_run_that_is_killed_while_it_saves_leaves_whole_checkpoints_alone(
     assert (made / "last").resolve().name == "checkpoint-4" and not (made / ".saving").exists()
     one, other = ((p / "adapter_model.safetensors").read_bytes() for p in (whole, made / "checkpoint-4"))
     assert one == other and {p.name for p in whole.iterdir()} == {p.name for p in (made / "last").iterdir()}
+
+
+def test_a_stop_that_is_told_twice_at_once_still_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("inlay.train.stop.time.monotonic", lambda: clock[0])
+    stop = Stop()
+    stop(signal.SIGTERM, None)
+    stop(signal.SIGINT, None)
+    assert stop.asked
+    clock[0] += 5
+    with pytest.raises(KeyboardInterrupt):
+        stop(signal.SIGINT, None)

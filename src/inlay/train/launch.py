@@ -230,7 +230,7 @@ def check_sharding(recipe: Recipe, processes: int, on_cpu: bool) -> None:
         raise InputError(f"--train_type adalora: ranks its weights by whole gradients, which --{kind} does not leave")
 
 
-def check_gathering(arguments: Any, recipe: Recipe, environment: Mapping[str, str] = os.environ) -> None:
+def check_settings(arguments: Any, recipe: Recipe, environment: Mapping[str, str] = os.environ) -> None:
     """Raises InputError for settings that leave a checkpoint in parts, or without weights, and for those that
     contradict the recipe. `arguments` are transformers' own, which have read the files of settings."""
     _check_precision(arguments, environment)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inlay.errors import InputError
-from inlay.train.launch import check_gathering, check_sharding
+from inlay.train.launch import check_settings, check_sharding
 from inlay.train.recipe import TOTAL_BATCH, Recipe
 
 
@@ -81,7 +81,7 @@ def training_arguments(
         )
     except (ValueError, ImportError, TypeError, RuntimeError) as error:
         raise InputError(f"transformers does not take these arguments: {str(error).splitlines()[0]:.400}") from error
-    check_gathering(arguments, recipe)
+    check_settings(arguments, recipe)
     return arguments
 
 

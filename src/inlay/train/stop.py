@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from inlay.train.launch import is_first
+from inlay.train.launch import SAME_SECONDS, is_first
 
 
 class Stop:
     """Whether somebody asked to stop. The first Ctrl-C, or SIGTERM, ends the run after the step under way, with a
-    checkpoint; a second one ends it at once."""
+    checkpoint; a second one ends it at once. Service managers tell every process of a run, and whoever started them
+    tells them again: what comes within a second is the same."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._heard = -math.inf
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._heard < SAME_SECONDS:
+            return
+        self._heard = now
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
