@@ -236,7 +236,9 @@ if __name__ == "__main__":
 def test_plain_vllm_finds_the_load_format(base: Path, adapter: Path, exported: Path, tmp_path: Path) -> None:
     script = tmp_path / "plain.py"
     script.write_text(PLAIN)
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    environment = {
+        **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO",
+    }  # fmt: skip
     command = [sys.executable, str(script), str(base), str(adapter), PROMPTS[0]]
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
