@@ -235,6 +235,13 @@ def test_a_cache_that_cannot_be_made_says_what_to_do(base: Path, adapter: Path, 
         pass
 
 
+def test_a_file_is_no_empty_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    assert main(["cache", "list", "--cache_dir", str(tmp_path / "file")]) == 2
+    assert "Not a directory" in capsys.readouterr().err
+    assert main(["cache", "list", "--cache_dir", str(tmp_path / "nowhere")]) == 0
+
+
 def test_the_place_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
     monkeypatch.delenv("INLAY_CACHE_DIR", raising=False)

@@ -195,11 +195,14 @@ def is_complete(path: Path) -> bool:
 
 
 def list_cache(cache_dir: str | os.PathLike[str] | None = None) -> list[CacheEntry]:
-    """What the cache has, last used first; interrupted merges are listed as not complete."""
+    """What the cache has, last used first; interrupted merges are listed as not complete.
+
+    Raises InputError for a place that is no folder, or one that cannot be read.
+    """
     folder = cache_folder(cache_dir) / "merged"
     try:
         paths = [path for path in folder.iterdir() if _key(path) and path.is_dir()]
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return []
     except OSError as error:
         raise InputError(f"{folder}: cannot be read: {error.strerror}") from None
