@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -14,6 +15,8 @@ import pytest
 
 import build
 from cases import MODELS, Kit, third_party
+from inlay.errors import OutputError
+from inlay.train import records
 from inlay.train.stop import Stop
 from trainable import FAST, ROWS, copy_base, inlay, log, train, write_rows
 
@@ -240,3 +243,37 @@ def test_a_stop_that_is_told_twice_at_once_still_saves(monkeypatch: pytest.Monke
     clock[0] += 5
     with pytest.raises(KeyboardInterrupt):
         stop(signal.SIGINT, None)
+
+
+def test_a_checkpoint_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on from before a checkpoint writes it anew."""
+    old = records.checkpoint_path(tmp_path, 2)
+    old.mkdir()
+    (old / "weights").write_text("whole")
+    rename, calls = os.rename, []
+
+    def failing(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr("inlay.train.records.os.rename", failing)
+    with pytest.raises(OutputError, match="cannot be saved"), records.whole_or_gone(tmp_path, 2, True):
+        records.checkpoint_path(records.draft_folder(tmp_path), 2).mkdir(parents=True)
+    assert (old / "weights").read_text() == "whole" and len(calls) > 1
+
+
+def test_a_checkpoint_on_its_way_out_when_a_run_was_killed_comes_back(tmp_path: Path) -> None:
+    drafts = records.draft_folder(tmp_path)
+    (drafts / "former-checkpoint-2").mkdir(parents=True)
+    (drafts / "former-checkpoint-2" / "weights").write_text("whole")
+    with records.whole_or_gone(tmp_path, 4, True):
+        records.checkpoint_path(drafts, 4).mkdir(parents=True)
+    assert (records.checkpoint_path(tmp_path, 2) / "weights").read_text() == "whole"
+    assert records.checkpoint_path(tmp_path, 4).is_dir() and not drafts.exists()
+
+
+def test_an_error_without_words_is_told_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="OSError"), records.whole_or_gone(tmp_path, 2, True):
+        raise OSError

@@ -74,3 +74,9 @@ class PlanError(InputError):
             lines.append(f"  … and {count - len(shown)} more")
         lines += [f"  {hint}" for hint in self.hints]
         return "\n".join(lines)
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, shortened to a line; its name where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0]:.300}"

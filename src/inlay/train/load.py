@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from inlay.errors import InputError
+from inlay.errors import InputError, first_line
 from inlay.extras import needs
 from inlay.train import codes
 from inlay.train.examples import read_template
@@ -25,7 +25,7 @@ def read_tokenizer(path: Path, recipe: Recipe) -> Any:
             path, local_files_only=True, trust_remote_code=recipe.trust_remote_code
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: no tokenizer can be read ({_first(error)})") from error
+        raise InputError(f"{path}: no tokenizer can be read ({first_line(error)})") from error
     if recipe.chat_template:
         tokenizer.chat_template = read_template(recipe.chat_template)
     return tokenizer
@@ -48,7 +48,7 @@ def read_config(path: Path, recipe: Recipe) -> Any:
             path, local_files_only=True, trust_remote_code=recipe.trust_remote_code
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: no model that transformers knows ({_first(error)})") from error
+        raise InputError(f"{path}: no model that transformers knows ({first_line(error)})") from error
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{path}: {config.model_type} has an encoder and a decoder; only decoders are trained here")
     return config
@@ -99,7 +99,7 @@ def load_model(path: Path, config: Any, recipe: Recipe, stored: str | None = Non
         )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         cure = f"; if it cannot be had here: {codes.cure(path)}" if stored else ""
-        raise InputError(f"{path}: cannot be loaded for training ({_first(error)}){cure}") from error
+        raise InputError(f"{path}: cannot be loaded for training ({first_line(error)}){cure}") from error
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise InputError(f"{path}: lacks {len(missing)} weights of the model: {', '.join(missing[:5])}")
@@ -156,8 +156,3 @@ def longest(config: Any, recipe: Recipe) -> int:
             raise InputError(f"--max_length {recipe.max_length}: the base reads at most {reads} tokens")
         return recipe.max_length
     return min(reads, DEFAULT_MAX_LENGTH) if reads else DEFAULT_MAX_LENGTH
-
-
-def _first(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{lines[0]:.300}"

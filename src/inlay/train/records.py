@@ -28,7 +28,7 @@ from inlay.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from inlay.checkpoints.json_files import read_json_object
 from inlay.checkpoints.refs import TensorRef
 from inlay.checkpoints.spans import BASE
-from inlay.errors import InlayError, InputError, OutputError
+from inlay.errors import InlayError, InputError, OutputError, first_line
 from inlay.plan.build import make_plan
 from inlay.plan.sidecars import CHAT_TEMPLATE, TOKENIZER_FILES
 from inlay.plan.types import Plan
@@ -131,6 +131,9 @@ def checkpoint_path(run: Path, step: int) -> Path:
     return run / f"checkpoint-{step}"
 
 
+FORMER = "former-"  # a checkpoint in the draft folder that another one is to replace
+
+
 def draft_folder(run: Path) -> Path:
     """Where checkpoints are while they are written: a run that is killed leaves none that is half."""
     return run / ".saving"
@@ -143,20 +146,19 @@ def whole_or_gone(run: Path, step: int, writes: bool) -> Iterator[None]:
     checkpoint, drafts = checkpoint_path(run, step), draft_folder(run)
     try:
         if writes:
-            shutil.rmtree(drafts, ignore_errors=True)  # of a run that was killed
+            _clear(run)  # of a run that was killed
         yield
         if writes:
             _put(checkpoint_path(drafts, step), checkpoint)
-            shutil.rmtree(drafts, ignore_errors=True)
+            _clear(run)
     except BaseException as error:
         if writes:
-            shutil.rmtree(drafts, ignore_errors=True)
+            _clear(run)
         if isinstance(error, InlayError) or not _is_of_files(error):
             raise
-        reason = f"{str(error).splitlines()[0]:.200}"
         raise OutputError(
-            f"{checkpoint}: cannot be saved ({reason}), and is removed; checkpoints before it are whole: make room, "
-            "and go on from one with --resume_from_checkpoint"
+            f"{checkpoint}: cannot be saved ({first_line(error)}), and is removed; checkpoints before it are whole: "
+            "make room, and go on from one with --resume_from_checkpoint"
         ) from error
 
 
@@ -165,10 +167,18 @@ def _put(draft: Path, checkpoint: Path) -> None:
     if not checkpoint.exists():
         os.rename(draft, checkpoint)
         return
-    former = draft.with_name(f"former-{checkpoint.name}")
-    os.rename(checkpoint, former)
+    os.rename(checkpoint, draft.with_name(FORMER + checkpoint.name))
     os.rename(draft, checkpoint)
-    shutil.rmtree(former)
+
+
+def _clear(run: Path) -> None:
+    """Remove the draft folder. A checkpoint that was taken away there, and that none replaced, is put back first."""
+    drafts = draft_folder(run)
+    for former in drafts.glob(f"{FORMER}*"):
+        place = run / former.name.removeprefix(FORMER)
+        if not place.exists():
+            os.rename(former, place)
+    shutil.rmtree(drafts, ignore_errors=True)
 
 
 def _is_of_files(error: BaseException) -> bool:

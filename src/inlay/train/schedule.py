@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inlay.errors import InputError
+from inlay.errors import InputError, first_line
 from inlay.train.launch import check_settings, check_sharding
 from inlay.train.recipe import TOTAL_BATCH, Recipe
 
@@ -80,7 +80,7 @@ def training_arguments(
             **_checkpointing(transformers.TrainingArguments) if recipe.gradient_checkpointing else {},
         )
     except (ValueError, ImportError, TypeError, RuntimeError) as error:
-        raise InputError(f"transformers does not take these arguments: {str(error).splitlines()[0]:.400}") from error
+        raise InputError(f"transformers does not take these arguments: {first_line(error)}") from error
     check_settings(arguments, recipe)
     return arguments
 

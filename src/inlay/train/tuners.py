@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any
 
-from inlay.errors import InputError
+from inlay.errors import InputError, first_line
 from inlay.train.anatomy import Anatomy
 from inlay.train.names import shortest
 from inlay.train.recipe import ADALORA, FULL, IA3, LOHA, LOKR, LORA, OFT, VERA, Recipe
@@ -53,7 +53,7 @@ def add_tuner(model: Any, recipe: Recipe, targets: Targets, steps: int) -> Any:
     except (ValueError, NotImplementedError, TypeError) as error:  # how PEFT says that a layer or mix is not supported
         if "ParamWrapper" in str(error) and not targets.parameters:
             raise _renamed(targets) from error
-        raise InputError(f"--train_type {recipe.train_type}: {str(error).splitlines()[0]:.300}") from error
+        raise InputError(f"--train_type {recipe.train_type}: {first_line(error)}") from error
     tuner: Any = adapted.base_model
     if set(tuner.targeted_module_names) != set(targets.modules):
         raise _renamed(targets)
